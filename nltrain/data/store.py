@@ -1,0 +1,446 @@
+"""One small seam over S3 and a local folder; the only file that imports boto3.
+
+Guarantees: `put` and `put_file` are atomic (a reader sees the old object, the new one or none), `put_if_absent` is an
+atomic create, every read returns exactly the bytes asked for, and each failure is one `StoreError` line with the URL
+and what to do. Transient failures (5xx, SlowDown, resets, stalls, short bodies) are retried with exponential backoff
+and full jitter; everything else fails at once. Limits: keys are plain relative paths; listing is not a snapshot.
+"""
+
+import contextlib
+import io
+import os
+import random
+import shutil
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from urllib.parse import unquote, urlsplit
+
+T = TypeVar("T")
+
+DEFAULT_ATTEMPTS = 7
+DEFAULT_TIMEOUT_S = 20.0
+DEFAULT_BACKOFF_S = 0.2
+MAX_BACKOFF_S = 8.0
+CONNECT_TIMEOUT_S = 5.0
+# One PUT may carry 5 GiB; parts also go out on several connections at once.
+MULTIPART_THRESHOLD_BYTES = 64 << 20
+TEMPORARY_PREFIX = ".tmp-"
+
+
+class StoreError(Exception):
+    """A store operation failed: the message names the URL, what happened and the remedy."""
+
+
+class MissingObjectError(StoreError):
+    """The object is not there."""
+
+
+class StoredObject(NamedTuple):
+    """One line of a listing."""
+
+    key: str
+    num_bytes: int
+    modified_s: float  # seconds since the epoch
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Objects under one URL, addressed by relative keys."""
+
+    url: str
+
+    def get(self, key: str) -> bytes: ...
+
+    def get_range(self, key: str, start: int, length: int) -> bytes: ...
+
+    def put(self, key: str, data: bytes | memoryview) -> None: ...
+
+    def put_if_absent(self, key: str, data: bytes | memoryview) -> bool: ...
+
+    def put_file(self, key: str, path: str | os.PathLike[str]) -> None: ...
+
+    def list(self, prefix: str = "") -> "list[StoredObject]": ...
+
+    def delete(self, key: str) -> None: ...
+
+    def exists(self, key: str) -> bool: ...
+
+    def size(self, key: str) -> int: ...
+
+
+def open_store(
+    url: str,
+    *,
+    attempts: int = DEFAULT_ATTEMPTS,
+    timeout_s: float = DEFAULT_TIMEOUT_S,
+    backoff_s: float = DEFAULT_BACKOFF_S,
+) -> Store:
+    """The store at `s3://bucket/prefix`, `file:///folder` or a local folder. Nothing is contacted or created yet.
+
+    attempts, timeout_s (silence on the connection) and backoff_s (first wait, doubled each time) apply to S3.
+    S3 endpoint, region and credentials come from the usual AWS chain (AWS_ENDPOINT_URL, AWS_REGION, profiles, ...).
+    """
+    if not url:
+        raise StoreError("store URL is empty: give s3://bucket/prefix or a folder")
+    parts = urlsplit(url)
+    if parts.scheme == "s3":
+        return S3Store(url, attempts=attempts, timeout_s=timeout_s, backoff_s=backoff_s)
+    if parts.scheme == "file":
+        if parts.netloc not in ("", "localhost"):
+            raise StoreError(f"{url}: a file URL has three slashes: file:///{parts.netloc}{parts.path}")
+        return LocalStore(unquote(parts.path))
+    if "://" in url:
+        raise StoreError(f"{url}: scheme {parts.scheme!r} is not supported: give s3://bucket/prefix or a folder")
+    return LocalStore(url)
+
+
+def join_url(url: str, *names: str) -> str:
+    """The URL of a folder or object below `url`."""
+    return "/".join([url.rstrip("/"), *(name.strip("/") for name in names if name.strip("/"))])
+
+
+def check_key(url: str, key: str) -> str:
+    """A key is a relative path without empty, `.` or `..` parts; returns it."""
+    if any(part in ("", ".", "..") for part in key.split("/")):
+        raise StoreError(f"{url}: key {key!r} is not a plain relative path: remove empty, '.' and '..' parts")
+    return key
+
+
+class LocalStore:
+    """A folder; objects are files below it."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = Path(folder).expanduser().absolute()
+        self.url = str(self.folder)
+
+    def get(self, key: str) -> bytes:
+        with self._reading(key) as file:
+            return file.read()
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        with self._reading(key) as file:
+            file.seek(start)
+            data = file.read(length)
+        if len(data) != length:
+            raise StoreError(
+                f"{self._path(key)}: bytes {start}..{start + length} asked for, {len(data)} there: "
+                "the file is truncated; restore it or prepare it again"
+            )
+        return data
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        with self._written(key, lambda file: file.write(data)) as temporary:
+            os.replace(temporary, self._path(key))
+
+    def put_if_absent(self, key: str, data: bytes | memoryview) -> bool:
+        with self._written(key, lambda file: file.write(data)) as temporary:
+            try:
+                os.link(temporary, self._path(key))
+            except FileExistsError:
+                return False
+            return True
+
+    def put_file(self, key: str, path: str | os.PathLike[str]) -> None:
+        with open(path, "rb") as source, self._written(key, lambda file: shutil.copyfileobj(source, file)) as temporary:
+            os.replace(temporary, self._path(key))
+
+    def list(self, prefix: str = "") -> "list[StoredObject]":
+        found = []
+        # Only the folder that the prefix names is walked, not the whole store.
+        top = self.folder / prefix.rpartition("/")[0]
+        for folder, _, names in os.walk(top):
+            for name in names:
+                path = Path(folder, name)
+                key = path.relative_to(self.folder).as_posix()
+                if name.startswith(TEMPORARY_PREFIX) or not key.startswith(prefix):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # deleted since the walk saw it
+                    status = path.stat()
+                    found.append(StoredObject(key, status.st_size, status.st_mtime))
+        return sorted(found)
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        path.unlink(missing_ok=True)
+        for folder in path.parents:
+            if folder == self.folder or not folder.is_relative_to(self.folder):
+                break
+            try:
+                folder.rmdir()
+            except OSError:  # not empty, or gone already: nothing left to tidy above it either
+                break
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def size(self, key: str) -> int:
+        with self._reading(key) as file:
+            return os.fstat(file.fileno()).st_size
+
+    def _path(self, key: str) -> Path:
+        return self.folder / check_key(self.url, key)
+
+    @contextlib.contextmanager
+    def _reading(self, key: str):
+        path = self._path(key)
+        try:
+            file = open(path, "rb")  # noqa: SIM115 (closed by the caller's with)
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
+            raise MissingObjectError(f"{path}: no such file: check the path") from error
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+        with file:
+            yield file
+
+    @contextlib.contextmanager
+    def _written(self, key: str, write: Callable[[Any], Any]):
+        """A complete, synced temporary file beside the target; removed when still there at the end."""
+        target = self._path(key)
+        temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
+        try:
+            file = self._create(temporary)
+            with file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            try:
+                yield temporary
+            finally:
+                temporary.unlink(missing_ok=True)
+            descriptor = os.open(target.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)  # the new name itself survives a power cut
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StoreError(
+                f"{target}: cannot be written: {error.strerror}: check the folder's space and rights"
+            ) from error
+
+    def _create(self, path: Path):
+        for _ in range(20):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A concurrent delete may just have tidied the empty folder away.
+            with contextlib.suppress(FileNotFoundError):
+                return open(path, "xb")
+        raise StoreError(f"{path.parent}: the folder vanishes as soon as it is made: check who removes it")
+
+
+class S3Store:
+    """Objects under s3://bucket/prefix. Thread-safe; make a new one after a fork."""
+
+    def __init__(self, url: str, *, attempts: int, timeout_s: float, backoff_s: float):
+        parts = urlsplit(url)
+        if not parts.netloc:
+            raise StoreError(f"{url}: no bucket: give s3://bucket/prefix")
+        self.bucket = parts.netloc
+        self.prefix = parts.path.strip("/")
+        self.url = f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
+        self.attempts, self.timeout_s, self.backoff_s = attempts, timeout_s, backoff_s
+        self.retries = 0  # transient failures seen so far, for tests and metrics
+        self._lock = threading.Lock()
+        self._client: Any = None
+
+    def get(self, key: str) -> bytes:
+        def read(client: Any, ambiguous: bool) -> bytes:
+            answer = client.get_object(Bucket=self.bucket, Key=self._key(key))
+            return _body(answer, answer["ContentLength"])
+
+        return self._call("get", key, read)
+
+    def get_range(self, key: str, start: int, length: int) -> bytes:
+        if length == 0:
+            return b""
+
+        def read(client: Any, ambiguous: bool) -> bytes:
+            byte_range = f"bytes={start}-{start + length - 1}"
+            return _body(client.get_object(Bucket=self.bucket, Key=self._key(key), Range=byte_range), length)
+
+        return self._call("get_range", key, read)
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        body = bytes(data)  # botocore takes no memoryview
+        if len(body) > MULTIPART_THRESHOLD_BYTES:
+            self._call(
+                "put", key, lambda client, _: client.upload_fileobj(io.BytesIO(body), self.bucket, self._key(key))
+            )
+        else:
+            self._call(
+                "put", key, lambda client, _: client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body)
+            )
+
+    def put_if_absent(self, key: str, data: bytes | memoryview) -> bool:
+        """Atomic create. After a lost answer the object is compared with `data`, so `data` must be the writer's own."""
+        from botocore.exceptions import ClientError
+
+        body = bytes(data)
+
+        def create(client: Any, ambiguous: bool) -> bool:
+            try:
+                client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body, IfNoneMatch="*")
+            except ClientError as error:
+                if error.response["ResponseMetadata"]["HTTPStatusCode"] != 412:
+                    raise
+                return ambiguous and self.get(key) == body
+            return True
+
+        return self._call("put_if_absent", key, create)
+
+    def put_file(self, key: str, path: str | os.PathLike[str]) -> None:
+        self._call("put_file", key, lambda client, _: client.upload_file(os.fspath(path), self.bucket, self._key(key)))
+
+    def list(self, prefix: str = "") -> "list[StoredObject]":
+        full = f"{self.prefix}/{prefix}" if self.prefix else prefix
+        skip = len(self.prefix) + 1 if self.prefix else 0
+
+        def read(client: Any, ambiguous: bool) -> list[StoredObject]:
+            pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=full)
+            return [
+                StoredObject(item["Key"][skip:], item["Size"], item["LastModified"].timestamp())
+                for page in pages
+                for item in page.get("Contents", [])
+            ]
+
+        return self._call("list", prefix, read)
+
+    def delete(self, key: str) -> None:
+        self._call("delete", key, lambda client, _: client.delete_object(Bucket=self.bucket, Key=self._key(key)))
+
+    def exists(self, key: str) -> bool:
+        try:
+            self.size(key)
+        except MissingObjectError:
+            return False
+        return True
+
+    def size(self, key: str) -> int:
+        answer = self._call("size", key, lambda client, _: client.head_object(Bucket=self.bucket, Key=self._key(key)))
+        return answer["ContentLength"]
+
+    def create_bucket(self) -> None:
+        """Makes the bucket; for embedded servers and set-up scripts."""
+        self._call("create_bucket", "", lambda client, _: client.create_bucket(Bucket=self.bucket))
+
+    def _key(self, key: str) -> str:
+        check_key(self.url, key)
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+    def _connect(self) -> Any:
+        with self._lock:  # boto3 sessions are not thread-safe, clients are
+            if self._client is None:
+                self._client = _new_client(self.url, self.timeout_s)
+            return self._client
+
+    def _call(self, verb: str, key: str, operation: Callable[[Any, bool], T]) -> T:
+        """operation(client, ambiguous): ambiguous when an earlier try may have taken effect unseen."""
+        url = join_url(self.url, key)
+        client = self._connect()
+        for attempt in range(1, self.attempts + 1):
+            try:
+                return operation(client, attempt > 1)
+            except StoreError:
+                raise
+            except Exception as error:
+                if not _is_transient(error):
+                    raise _explain(url, verb, error, client.meta.region_name) from error
+                if attempt == self.attempts:
+                    raise StoreError(
+                        f"{url}: {verb} failed {attempt} times, last: {_one_line(error)}: "
+                        "check AWS_ENDPOINT_URL and the network, then start again"
+                    ) from error
+                with self._lock:
+                    self.retries += 1
+                # Full jitter: ranks that failed together do not come back together.
+                time.sleep(random.uniform(0, min(MAX_BACKOFF_S, self.backoff_s * 2 ** (attempt - 1))))
+        raise StoreError(f"{url}: attempts = {self.attempts}: at least 1 is needed")
+
+
+class ShortBodyError(Exception):
+    """Fewer or more bytes arrived than were asked for."""
+
+
+def _body(answer: Any, length: int) -> bytes:
+    with contextlib.closing(answer["Body"]) as body:
+        data = body.read()
+    if len(data) != length:
+        raise ShortBodyError(f"{len(data)} of {length} bytes arrived")
+    return data
+
+
+def _new_client(url: str, timeout_s: float) -> Any:
+    import boto3
+    import botocore.session
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    core = botocore.session.Session()
+    # Outside EC2 the metadata address swallows packets: one short try, not minutes.
+    core.set_config_variable("metadata_service_timeout", 1)
+    core.set_config_variable("metadata_service_num_attempts", 1)
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT_S,
+        read_timeout=timeout_s,
+        max_pool_connections=32,
+        retries={"total_max_attempts": 1, "mode": "standard"},  # retried here, bodies included
+    )
+    try:
+        session = boto3.session.Session(botocore_session=core)
+        region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
+        return session.client("s3", region_name=region, config=config)
+    except (BotoCoreError, ValueError) as error:
+        raise StoreError(
+            f"{url}: S3 client: {_one_line(error)}: check the AWS_* variables and ~/.aws/config"
+        ) from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def _is_transient(error: Exception) -> bool:
+    from boto3.exceptions import S3UploadFailedError
+    from botocore import exceptions
+    from botocore.parsers import ResponseParserError
+    from urllib3.exceptions import HTTPError
+
+    if isinstance(error, exceptions.ClientError):
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = error.response.get("Error", {}).get("Code", "")
+        names = {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "RequestTimeTooSkewed"}
+        return status >= 500 or status == 429 or code in names
+    if isinstance(error, S3UploadFailedError):
+        return isinstance(error.__context__, Exception) and _is_transient(error.__context__)
+    kinds = (exceptions.HTTPClientError, exceptions.IncompleteReadError, exceptions.FlexibleChecksumError)
+    # ResponseParserError: an XML answer cut in the middle.
+    return isinstance(error, (*kinds, ResponseParserError, HTTPError, ShortBodyError, ConnectionError, TimeoutError))
+
+
+def _explain(url: str, verb: str, error: Exception, region: str) -> StoreError:
+    from boto3.exceptions import S3UploadFailedError
+    from botocore import exceptions
+
+    if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, Exception):
+        error = error.__context__
+    if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
+        remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
+        return StoreError(f"{url}: {verb}: no AWS credentials found: {remedy}")
+    if not isinstance(error, exceptions.ClientError):
+        return StoreError(f"{url}: {verb}: {_one_line(error)}: check the URL and the AWS_* variables")
+    code = error.response.get("Error", {}).get("Code", "")
+    headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if code == "NoSuchBucket":
+        return StoreError(f"{url}: {verb}: the bucket does not exist: create it or correct the URL")
+    if code in ("NoSuchKey", "404", "NotFound"):
+        return MissingObjectError(f"{url}: {verb}: no such object: check the URL")
+    if code in ("PermanentRedirect", "301", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"):
+        named = headers.get("x-amz-bucket-region") or error.response.get("Error", {}).get("Region")
+        wanted = f"AWS_REGION={named}" if named else "AWS_REGION to the bucket's region"
+        return StoreError(f"{url}: {verb}: the bucket is not in region {region!r} ({code}): set {wanted}")
+    if code in ("AccessDenied", "403", "Forbidden", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken"):
+        return StoreError(f"{url}: {verb}: access refused ({code}): check the credentials and the bucket's policy")
+    return StoreError(f"{url}: {verb}: {_one_line(error)}: check the URL and the AWS_* variables")
