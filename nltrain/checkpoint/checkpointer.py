@@ -1,0 +1,425 @@
+"""Saves and resumes one run, on all its ranks together.
+
+A save copies this rank's share to host memory, then a thread writes it while training goes on; the folder becomes a
+checkpoint when rank 0 creates its manifest, after all ranks have written. At most one save is in flight. A failed one
+is logged at once and told again at the next call; training ends after `max_failures` in a row, or when a newer attempt
+of the run has begun. All methods but `poll` are collective: call them on every rank in the
+same order.
+"""
+
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from nltrain.checkpoint.catalog import CheckpointInfo, apply_retention, claim_attempt, commit, list_checkpoints
+from nltrain.checkpoint.compare import check_config
+from nltrain.checkpoint.config import CheckpointConfig
+from nltrain.checkpoint.environment import environment
+from nltrain.checkpoint.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    MismatchError,
+    SaveFailedError,
+    StaleAttemptError,
+)
+from nltrain.checkpoint.files import Part, Staging, layout_of, pack, whole
+from nltrain.checkpoint.load import Loaded, load, together
+from nltrain.checkpoint.manifest import LAYOUT, STATE, FileEntry, Manifest, check_run, checkpoint_name, key_of
+from nltrain.checkpoint.plan import Piece, assign, table
+from nltrain.checkpoint.ranks import Ranks
+from nltrain.checkpoint.stored import StoredCheckpoint, own_path
+from nltrain.checkpoint.transfer import write_files
+from nltrain.checkpoint.tree import canonical_json, dump, sha256_of, split
+from nltrain.data.store import Store, open_store
+from nltrain.fragment import Fragment
+
+log = logging.getLogger(__name__)
+
+Weights = Mapping[str, tuple[str, Sequence[int]]]
+
+
+class SaveResult(NamedTuple):
+    """How one save ended; the same on all ranks but for the times."""
+
+    name: str
+    tokens: int
+    error: str  # empty: committed
+    num_bytes: int  # of all ranks' files
+    stall_seconds: float  # what training waited for
+    write_seconds: float  # from then to the commit
+    deleted: tuple[str, ...]  # checkpoints that retention removed
+
+
+class _Job(NamedTuple):
+    """Everything the writing thread needs; nothing of it changes while it runs."""
+
+    name: str
+    tokens: int
+    state: bytes
+    config_hash: str
+    dataset_fingerprint: str
+    own: Staging
+    own_json: bytes
+    stall_seconds: float
+
+
+class Checkpointer:
+    """`attempt` None claims the next number. Claiming one fences off all older attempts of the run."""
+
+    def __init__(self, store: Store, run: str, attempt: int | None, config: CheckpointConfig) -> None:
+        self.store, self.run, self.config = store, check_run(run), config
+        self._ranks, self._writing_ranks = Ranks(config.timeout_s), Ranks(config.timeout_s)
+        nonce = uuid.uuid4().hex
+        self.attempt: int = self._ranks.from_first(lambda: claim_attempt(store, run, attempt, nonce))
+        self._environment = environment() if self._ranks.rank == 0 else {}
+        self._lineage: list[dict[str, Any]] = []
+        self._refused: set[str] = set()
+        self._planned_for: tuple[list[Piece], Weights] | None = None
+        self._staging: Staging | None = None
+        self._layout: bytes = b""
+        self._thread: threading.Thread | None = None
+        self._results: list[SaveResult] = []
+        self._unseen: SaveResult | None = None
+        self._failures_in_row = 0
+        self._stale = ""
+        self._saved_tokens = -1
+        self._last_save_s = time.monotonic()
+
+    def due(self, tokens_before: int, tokens: int) -> bool:
+        """Whether the quantum that ended at `tokens` calls for a save. Collective only where every_minutes is on."""
+        every = self.config.every_tokens
+        if every and tokens // every > tokens_before // every:
+            return True
+        if self.config.every_minutes:
+            # One rank's clock decides: clocks that differ must not part the ranks.
+            late = time.monotonic() - self._last_save_s >= 60 * self.config.every_minutes
+            return bool(self._ranks.gather_ints([late])[0][0])
+        return False
+
+    def agree(self, flag: bool) -> bool:
+        """True on all ranks as soon as it is True on one: a SIGTERM or preemption notice that only some got."""
+        return any(row[0] for row in self._ranks.gather_ints([flag]))
+
+    def prepare(self, fragments: Mapping[str, Fragment], weights: Weights | None = None) -> None:
+        """Plan who writes what and allocate the staging memory; `save` does it when the fragments changed shape."""
+        weights = weights or {}
+        mine = table(fragments)
+        tables = [[Piece(*row) for row in rows] for rows in self._ranks.gather(mine)]
+        written = assign(tables)
+        names = {name for name, _ in weights.values()}
+        parts = [self._parts(rank, pieces, names) for rank, pieces in enumerate(written)]
+        self._staging = None  # frees the old memory before the new is taken
+        pin = any(fragment.tensor.is_cuda for fragment in fragments.values())
+        self._staging = Staging(parts[self._ranks.rank], pin)
+        layout = layout_of(part for of_rank in parts for part in of_rank)
+        if missing := [name for name in names if name not in layout]:
+            raise MismatchError(f"weights name the fragment {missing[0]}, which no rank holds")
+        named = {parameter: [name, list(shape)] for parameter, (name, shape) in weights.items()}
+        self._layout = dump({"tensors": layout, "weights": named})
+        self._planned_for = (mine, dict(weights))
+
+    def save(
+        self,
+        tokens: int,
+        fragments: Mapping[str, Fragment],
+        state: Mapping[str, Any],
+        rank_state: Mapping[str, Any] | None = None,
+        weights: Weights | None = None,
+    ) -> bool:
+        """Save at `tokens`; returns False where the policy skipped it because one is in flight.
+
+        state: JSON, equal on all ranks; its entries "config" and "dataset_fingerprint" are named in the manifest.
+        rank_state: JSON and tensors of this rank alone. weights: {parameter: (fragment name, shape)}, for export.
+        Values are taken before this returns. Raises StaleAttemptError when a newer attempt has begun, SaveFailedError
+        after config.max_failures failures in a row, CheckpointError where the ranks disagree.
+        """
+        began = time.monotonic()
+        data, mine = canonical_json(state), table(fragments)
+        plain, tensors = split(rank_state or {})
+        if self.config.when_busy == "wait":
+            self._join()
+        changed = self._planned_for != (mine, dict(weights or {}))
+        row = [tokens, self._busy(), changed, self._failures_in_row, bool(self._stale), int(sha256_of(state)[:15], 16)]
+        rows = self._ranks.gather_ints(row)
+        for column, what in ((0, "token count"), (5, "state")):
+            if len({row[column] for row in rows}) > 1:
+                raise CheckpointError(f"save at {tokens} tokens: the {what} differs between ranks; it must be the same")
+        self._surface(max(row[3] for row in rows), any(row[4] for row in rows))
+        name = checkpoint_name(tokens, self.attempt)
+        if any(row[1] for row in rows):
+            self._say(f"save at {tokens} tokens skipped: the one before is still being written (when_busy=skip)")
+            return False
+        if tokens == self._saved_tokens:
+            self._say(f"checkpoint {name} is there already: not saved again")
+            return True
+        if any(row[2] for row in rows):
+            self.prepare(fragments, weights)
+        assert self._staging is not None
+        self._staging.fill(fragments)
+        own_tensors = whole(tensors)
+        prefix = f"rank_{self._ranks.rank:05d}/own"
+        own = Staging(pack(table(own_tensors), prefix, self.config.max_file_bytes))
+        own.fill(own_tensors)
+        own_json = dump({"state": plain, "tensors": layout_of(own.parts)})
+        config_hash = sha256_of(state["config"]) if "config" in state else ""
+        fingerprint = str(state.get("dataset_fingerprint", ""))
+        self._last_save_s = time.monotonic()
+        job = _Job(name, tokens, data, config_hash, fingerprint, own, own_json, self._last_save_s - began)
+        self._thread = threading.Thread(target=self._write, args=(job,), name=f"save-{tokens}", daemon=True)
+        self._thread.start()
+        if not self.config.asynchronous:
+            self._join()
+        return True
+
+    def wait(self) -> None:
+        """Until the save in flight has ended; raises SaveFailedError or StaleAttemptError if the last one failed."""
+        self._join()
+        failed = self._unseen
+        self._surface(self._failures_in_row, bool(self._stale))
+        if failed is not None:
+            raise SaveFailedError(failed.error)
+
+    def poll(self) -> list[SaveResult]:
+        """The saves that ended since the last call, for the metrics."""
+        found, self._results = self._results, []
+        return found
+
+    def newest_complete(self) -> CheckpointInfo | None:
+        """The newest checkpoint of this run whose manifest is sound and whose files have their sizes."""
+        complete = [info for info in self._list(self.store, self.run) if info.complete]
+        return complete[-1] if complete else None
+
+    def load(
+        self, checkpoint: CheckpointInfo | str, fragments: Mapping[str, Fragment], may_be_unused: Iterable[str] = ()
+    ) -> Loaded:
+        """Fill the fragments in place from a checkpoint of this run; see load.load for what is refused."""
+        name = checkpoint if isinstance(checkpoint, str) else checkpoint.name
+        return self._load(self.store, self.run, name, fragments, None, (), tuple(may_be_unused), None)
+
+    def resume(
+        self,
+        fragments: Mapping[str, Fragment],
+        config: Mapping[str, Any] | None = None,
+        may_change: Iterable[str] = (),
+        may_be_unused: Iterable[str] = (),
+    ) -> Loaded | None:
+        """Go on from what config.resume names: fills the fragments and returns the rest, or None to start afresh.
+
+        A damaged checkpoint is passed over for the one before, with its reason logged. `config` is compared with the
+        stored one: ConfigChangedError where a field differs that matches no pattern of `may_change` or
+        config.may_change. Raises CorruptCheckpointError where there are checkpoints but none is sound.
+        """
+        if self.config.resume == "never":
+            return None
+        store, run, tokens = self.store, self.run, None
+        by_hand = None if self.config.resume == "auto" else self.config.resume
+        found = self._list(store, run)
+        if by_hand and not self._went_on_from(by_hand, found):
+            store, run, tokens = split_resume_url(by_hand)
+            found = self._list(store, run)
+            if tokens is not None:
+                found = [info for info in found if info.tokens == tokens]
+            if not found:
+                raise MismatchError(f"checkpoint.resume={by_hand!r}: no such checkpoint; list them with `nltrain list`")
+        patterns = (*may_change, *self.config.may_change)
+        passed_over: list[tuple[str, str]] = []
+        for info in reversed(found):
+            reason = info.reason
+            if info.complete:
+                try:
+                    loaded = self._load(
+                        store, run, info.name, fragments, config, patterns, tuple(may_be_unused), by_hand
+                    )
+                except CorruptCheckpointError as error:
+                    reason = str(error)
+                else:
+                    loaded.passed_over = passed_over
+                    self._say(f"resumed from {store.url}/{run}/{info.name}")
+                    return loaded
+            passed_over.append((info.name, reason))
+            self._refused.add(info.name)
+            self._say(f"checkpoint {run}/{info.name} passed over: {reason}", logging.WARNING)
+        damaged = [reason for info, (_, reason) in zip(reversed(found), passed_over, strict=True) if info.complete]
+        if damaged or by_hand:
+            raise CorruptCheckpointError(
+                f"{store.url}/{run}: none of {len(found)} folders is a sound checkpoint; newest: {passed_over[0][1]}. "
+                "Restore the files, or set checkpoint.resume=never to start afresh"
+            )
+        return None
+
+    def _went_on_from(self, by_hand: str, found: list[CheckpointInfo]) -> bool:
+        """Whether this run has already resumed from there and saved since: then its own newest is the one to take."""
+
+        def look() -> bool:
+            complete = [info for info in found if info.complete]
+            if not complete:
+                return False
+            lineage = StoredCheckpoint(self.store, self.run, complete[-1].name).manifest.lineage
+            return any(entry.get("by_hand") == by_hand for entry in lineage)
+
+        return self._ranks.from_first(look)
+
+    def _list(self, store: Store, run: str) -> list[CheckpointInfo]:
+        return [CheckpointInfo(*row) for row in self._ranks.from_first(lambda: list_checkpoints(store, run))]
+
+    def _load(
+        self,
+        store: Store,
+        run: str,
+        name: str,
+        fragments: Mapping[str, Fragment],
+        config: Mapping[str, Any] | None,
+        may_change: Sequence[str],
+        may_be_unused: tuple[str, ...],
+        by_hand: str | None,
+    ) -> Loaded:
+        self._join()
+        stored = together(self._ranks, lambda: StoredCheckpoint(store, run, name, self.config.num_threads))
+        changes = together(self._ranks, lambda: _compare(stored, config, may_change))
+        for change in changes:
+            self._say(f"resuming with another {change}", logging.WARNING)
+        loaded = load(stored, fragments, self._ranks, self.config.verify == "hashes", may_be_unused)
+        loaded.changes = changes
+        step = {"url": store.url, "run": run, "name": name, "attempt": self.attempt, "by_hand": by_hand}
+        self._lineage = [*stored.manifest.lineage, step | {"changes": [str(change) for change in changes]}]
+        return loaded
+
+    def _write(self, job: _Job) -> None:
+        began = time.monotonic()
+        outcome: dict[str, Any]
+        try:
+            report: dict[str, Any]
+            try:
+                report = {"files": self._put(job)}
+            except Exception as error:  # whatever it is, the other ranks wait for this one's report
+                log.exception("rank %d could not write its part of %s", self._ranks.rank, job.name)
+                report = {"error": f"rank {self._ranks.rank}: {type(error).__name__}: {error}"}
+            reports = self._writing_ranks.gather(report)
+            outcome = self._writing_ranks.from_first(lambda: self._commit(job, reports))
+        except Exception as error:  # a rank that died in the middle, for example
+            outcome = {"error": f"{type(error).__name__}: {error}"}
+        error_text = str(outcome.get("error", ""))
+        seconds = time.monotonic() - began
+        deleted = tuple(outcome.get("deleted", ()))
+        result = SaveResult(
+            job.name, job.tokens, error_text, outcome.get("bytes", 0), job.stall_seconds, seconds, deleted
+        )
+        if outcome.get("stale"):
+            self._stale = error_text
+        if error_text:
+            self._failures_in_row += 1
+            self._unseen = result
+            self._say(f"checkpoint {job.name} FAILED, {self._failures_in_row} in a row: {error_text}", logging.ERROR)
+        else:
+            self._failures_in_row, self._unseen, self._saved_tokens = 0, None, job.tokens
+            self._say(f"checkpoint {job.name} committed: {result.num_bytes} bytes in {seconds:.1f} s")
+        self._results.append(result)
+
+    def _put(self, job: _Job) -> list[FileEntry]:
+        staging, rank = self._staging, self._ranks.rank
+        assert staging is not None
+        files: list[tuple[str, str, Any]] = []
+        for source in (staging, job.own):
+            for index, part in enumerate(source.parts):
+                files.append((self._key(job, part.path), part.path, _reader(source, index)))
+        files.append((self._key(job, own_path(rank)), own_path(rank), lambda: job.own_json))
+        if rank == 0:
+            files.append((self._key(job, LAYOUT), LAYOUT, lambda: self._layout))
+            files.append((self._key(job, STATE), STATE, lambda: job.state))
+        return write_files(self.store, files, self.config.num_threads)
+
+    def _commit(self, job: _Job, reports: list[dict[str, Any]]) -> dict[str, Any]:
+        if failed := [report["error"] for report in reports if "error" in report]:
+            return {"error": "; ".join(failed)}
+        manifest = Manifest(
+            run=self.run,
+            name=job.name,
+            tokens=job.tokens,
+            attempt=self.attempt,
+            world_size=self._ranks.size,
+            created_s=time.time(),
+            config_hash=job.config_hash,
+            dataset_fingerprint=job.dataset_fingerprint,
+            nonce=uuid.uuid4().hex,
+            files=tuple(FileEntry(*entry) for report in reports for entry in report["files"]),
+            lineage=self._lineage,
+            environment=self._environment,
+        )
+        try:
+            commit(self.store, manifest)
+        except StaleAttemptError as error:
+            return {"error": str(error), "stale": True}
+        except Exception as error:  # the other ranks wait for this answer
+            return {"error": f"commit: {type(error).__name__}: {error}"}
+        deleted: list[str] = []
+        try:
+            keep_last, keep_every = self.config.keep_last, self.config.keep_every_tokens
+            deleted = apply_retention(self.store, self.run, self.attempt, keep_last, keep_every, self._refused)
+        except Exception:  # the checkpoint stands; what was not deleted now is deleted after the next save
+            log.exception("old checkpoints of %s could not be deleted", self.run)
+        return {"bytes": manifest.num_bytes, "deleted": deleted}
+
+    def _parts(self, rank: int, pieces: Sequence[Piece], weights: set[str]) -> list[Part]:
+        """Weights in files of their own, so that evaluation and export need not read the optimizer."""
+        limit, folder = self.config.max_file_bytes, f"rank_{rank:05d}"
+        first = pack([piece for piece in pieces if piece.name in weights], f"{folder}/weights", limit)
+        return first + pack([piece for piece in pieces if piece.name not in weights], f"{folder}/state", limit)
+
+    def _busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join(self.config.timeout_s)
+            if self._thread.is_alive():
+                raise SaveFailedError(
+                    f"{self._thread.name} has not ended after checkpoint.timeout_s={self.config.timeout_s:g} s: "
+                    "check the store and the other ranks, or raise the limit"
+                )
+            self._thread = None
+
+    def _surface(self, failures_in_row: int, stale: bool) -> None:
+        """Tell of a failed save once more; raise where it must not go on."""
+        failed, self._unseen = self._unseen, None
+        if stale:
+            raise StaleAttemptError(self._stale or f"attempt {self.attempt} of run {self.run} is stale; it must stop")
+        text = failed.error if failed is not None else "see the other ranks' logs"
+        if failures_in_row >= self.config.max_failures:
+            raise SaveFailedError(
+                f"{failures_in_row} saves in a row failed (checkpoint.max_failures); the last: {text}"
+            )
+        if failed is not None:
+            self._say(f"the last save, {failed.name}, had failed: {text}; training goes on", logging.ERROR)
+
+    def _say(self, text: str, level: int = logging.INFO) -> None:
+        if self._ranks.rank == 0:
+            log.log(level, "%s", text)
+
+    def _key(self, job: _Job, path: str) -> str:
+        return key_of(self.run, job.name, path)
+
+
+def _reader(source: Staging, index: int) -> Any:
+    return lambda: source.data(index)
+
+
+def _compare(stored: StoredCheckpoint, config: Mapping[str, Any] | None, may_change: Sequence[str]) -> list:
+    if config is None or not isinstance(stored.state, dict) or "config" not in stored.state:
+        return []
+    return check_config(stored.state["config"], config, may_change)
+
+
+def split_resume_url(text: str) -> tuple[Store, str, int | None]:
+    """(store, run, tokens) of URL[@tokens], where URL is a run's folder. Raises MismatchError for anything else."""
+    url, at, number = text.rpartition("@")
+    if not (at and number.isdigit()):
+        url, number = text, ""
+    parent, _, run = url.rstrip("/").rpartition("/")
+    if not parent or not run:
+        raise MismatchError(
+            f"checkpoint.resume={text!r} is no URL[@tokens] of a run's folder, such as s3://b/runs/x@1000"
+        )
+    return open_store(parent), run, int(number) if number else None

@@ -1,0 +1,63 @@
+"""When to save, what to keep, how much to trust: the settings of a run's checkpoints."""
+
+from dataclasses import dataclass
+
+_MIN_FILE_BYTES, _MAX_FILE_BYTES = 1 << 16, 5_000_000_000
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    url: str
+    """Folder or s3://bucket/prefix that holds all runs; a run's checkpoints lie under <url>/<run>/checkpoints."""
+    every_tokens: int = 0
+    """Save when T passes a multiple of this; the fold falls there, so it is exact at any world size. 0: off."""
+    every_minutes: float = 0.0
+    """Also save when this many minutes have passed since the last save; exact at the same world size. 0: off."""
+    keep_last: int = 3
+    """Complete checkpoints kept, newest first. At least 1; 2 or more leave one to fall back to."""
+    keep_every_tokens: int = 0
+    """Keep for ever the first checkpoint at or after each multiple of this many tokens. 0: none."""
+    resume: str = "auto"
+    """auto: newest complete one; never: start afresh; URL[@tokens] of a run's folder: that one, by hand."""
+    verify: str = "hashes"
+    """On load: hashes (read and hash every file, overlapped with the copy) or sizes (one listing)."""
+    may_change: tuple[str, ...] = ()
+    """Patterns of config fields (data.num_workers, levels.*.lr) that may differ from the stored config on resume."""
+    asynchronous: bool = True
+    """Training waits only for the copy to host memory; False: it waits for the commit."""
+    when_busy: str = "wait"
+    """A save that comes while one is in flight: wait for it, or skip the new one with a message."""
+    max_failures: int = 3
+    """Failed saves in a row after which the run stops; each one before is logged as an error."""
+    max_file_bytes: int = 256 << 20
+    """Largest file written, bytes; a rank's share is cut into files of at most this size."""
+    num_threads: int = 4
+    """Files written or read at a time by one rank."""
+    timeout_s: float = 1800.0
+    """Longest wait for a save, or for the other ranks in one, seconds."""
+
+    def __post_init__(self) -> None:
+        if not self.url:
+            raise ValueError("checkpoint.url='' names no place: give a folder or s3://bucket/prefix")
+        for name, least in (
+            ("every_tokens", 0),
+            ("every_minutes", 0),
+            ("keep_last", 1),
+            ("keep_every_tokens", 0),
+            ("max_failures", 1),
+            ("num_threads", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"checkpoint.{name}={getattr(self, name)} is too small: give {least} or more")
+        for name, choices in (("verify", ("hashes", "sizes")), ("when_busy", ("wait", "skip"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"checkpoint.{name}={getattr(self, name)!r} is unknown: choose {' or '.join(choices)}")
+        if not _MIN_FILE_BYTES <= self.max_file_bytes <= _MAX_FILE_BYTES:
+            raise ValueError(
+                f"checkpoint.max_file_bytes={self.max_file_bytes} must lie in [{_MIN_FILE_BYTES}, {_MAX_FILE_BYTES}]: "
+                "S3 takes no larger object in one request"
+            )
+        if not self.timeout_s > 0:
+            raise ValueError(f"checkpoint.timeout_s={self.timeout_s} must be positive seconds")
+        if not self.resume:
+            raise ValueError("checkpoint.resume='' is unknown: give auto, never or URL[@tokens]")

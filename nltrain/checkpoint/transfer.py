@@ -1,0 +1,139 @@
+"""Moves files between host memory and the store, several at a time, hashing beside the transfer.
+
+Writing: each file's sha256 is computed on another thread while the file is sent. Reading: each file is read in pieces
+that go straight to where they belong, hashed on the way when asked; what is read is never unpickled, only copied.
+Limits: `num_threads` pieces of READ_BYTES are in memory at a time when reading.
+"""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nltrain.checkpoint.errors import CorruptCheckpointError
+from nltrain.checkpoint.manifest import FileEntry, StoredTensor
+from nltrain.checkpoint.plan import DTYPES
+from nltrain.data.store import Store
+
+# A multiple of every element size, so that no element is cut; large enough to hide a request's latency.
+READ_BYTES = 16 << 20
+
+
+def write_files(
+    store: Store, files: Sequence[tuple[str, str, Callable[[], bytes | memoryview]]], num_threads: int
+) -> list[FileEntry]:
+    """Put (key, path in the manifest, data) triples; returns their entries in order. The first failure is raised."""
+    with ThreadPoolExecutor(num_threads) as senders, ThreadPoolExecutor(num_threads) as hashers:
+
+        def write(key: str, path: str, produce: Callable[[], bytes | memoryview]) -> FileEntry:
+            data = produce()
+            digest = hashers.submit(lambda: hashlib.sha256(data).hexdigest())
+            store.put(key, data)
+            return FileEntry(path, len(data), digest.result())
+
+        futures = [senders.submit(write, *file) for file in files]
+        try:
+            return [future.result() for future in futures]
+        except BaseException:
+            senders.shutdown(cancel_futures=True)
+            raise
+
+
+class Target(NamedTuple):
+    """Bytes [offset, offset + num_bytes) of a file go to byte `position` of the flat tensor."""
+
+    offset: int
+    num_bytes: int
+    tensor: Tensor
+    position: int
+
+
+def targets_of(
+    tensors: Mapping[str, StoredTensor], wanted: Mapping[str, tuple[Tensor, int]]
+) -> dict[str, list[Target]]:
+    """For each file, what of it goes where. `wanted[name]`: a flat tensor and the element of the whole it starts at."""
+    found: dict[str, list[Target]] = defaultdict(list)
+    for name, (tensor, start) in wanted.items():
+        stored = tensors[name]
+        size, stop = DTYPES[stored.dtype].itemsize, start + tensor.numel()
+        for piece in stored.pieces:
+            first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
+            if first < last:
+                offset = piece.offset + (first - piece.start) * size
+                found[piece.file].append(Target(offset, (last - first) * size, tensor, (first - start) * size))
+    for targets in found.values():
+        targets.sort(key=lambda target: target.offset)
+    return dict(found)
+
+
+def read_files(
+    store: Store,
+    key_of: Callable[[str], str],
+    entries: Iterable[FileEntry],
+    targets: Mapping[str, list[Target]],
+    hashed: bool,
+    num_threads: int,
+) -> None:
+    """Fill the targets. With `hashed`, whole files are read and a wrong sha256 raises CorruptCheckpointError by name;
+    otherwise only the bytes that have a target are read. Tensors' content is undefined after an error."""
+
+    def read(entry: FileEntry) -> str | None:
+        wanted = targets.get(entry.path, [])
+        digest = hashlib.sha256()
+        for start, stop in _ranges(entry, wanted, hashed):
+            data = store.get_range(key_of(entry.path), start, stop - start)
+            if hashed:
+                digest.update(data)
+            _scatter(data, start, wanted)
+        if hashed and digest.hexdigest() != entry.sha256:
+            return f"{entry.path} has sha256 {digest.hexdigest()[:16]}..., committed was {entry.sha256[:16]}..."
+        return None
+
+    with ThreadPoolExecutor(num_threads) as readers:
+        wrong = [reason for reason in readers.map(read, entries) if reason]
+    if wrong:
+        raise CorruptCheckpointError("; ".join(wrong))
+
+
+def _ranges(entry: FileEntry, wanted: Sequence[Target], whole: bool) -> list[tuple[int, int]]:
+    """Byte ranges to read, in order, each at most READ_BYTES."""
+    spans = (
+        [(0, entry.num_bytes)] if whole else [(target.offset, target.offset + target.num_bytes) for target in wanted]
+    )
+    merged: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
+        else:
+            merged.append((start, stop))
+    return [
+        (first, min(first + READ_BYTES, stop)) for start, stop in merged for first in range(start, stop, READ_BYTES)
+    ]
+
+
+def _scatter(data: bytes, start: int, targets: Sequence[Target]) -> None:
+    """Copy what the bytes [start, start + len(data)) of a file hold for the targets (sorted by offset)."""
+    source = np.frombuffer(data, dtype=np.uint8)
+    for target in targets:
+        first, last = max(start, target.offset), min(start + len(data), target.offset + target.num_bytes)
+        if target.offset >= start + len(data):
+            break
+        if first < last:
+            position = target.position + first - target.offset
+            _write(target.tensor, position, source[first - start : last - start])
+
+
+def _write(tensor: Tensor, position: int, data: np.ndarray) -> None:
+    room = tensor.detach().view(torch.uint8)[position : position + len(data)]
+    if tensor.device.type == "cpu":
+        np.copyto(room.numpy(), data)
+    else:
+        # A copy of our own: the bytes of the store are read-only, and the device copy wants pinned memory.
+        held = torch.empty(len(data), dtype=torch.uint8, pin_memory=tensor.is_cuda)
+        np.copyto(held.numpy(), data)
+        room.copy_(held)
