@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from nltrain.checkpoint.catalog import CheckpointInfo, apply_retention, claim_attempt, commit, list_checkpoints
@@ -39,6 +39,9 @@ from nltrain.fragment import Fragment
 log = logging.getLogger(__name__)
 
 Weights = Mapping[str, tuple[str, Sequence[int]]]
+Fragments = Mapping[str, Fragment]
+# Which fragments exist can depend on the moment of the save (an open window): then the stored state decides.
+FragmentsOf = Callable[[Any], Fragments]
 
 
 class SaveResult(NamedTuple):
@@ -201,13 +204,14 @@ class Checkpointer:
 
     def resume(
         self,
-        fragments: Mapping[str, Fragment],
+        fragments: Fragments | FragmentsOf,
         config: Mapping[str, Any] | None = None,
         may_change: Iterable[str] = (),
         may_be_unused: Iterable[str] = (),
     ) -> Loaded | None:
         """Go on from what config.resume names: fills the fragments and returns the rest, or None to start afresh.
 
+        fragments: the mapping itself, or a function of the stored state that gives it.
         A damaged checkpoint is passed over for the one before, with its reason logged. `config` is compared with the
         stored one: ConfigChangedError where a field differs that matches no pattern of `may_change` or
         config.may_change. Raises CorruptCheckpointError where there are checkpoints but none is sound.
@@ -270,7 +274,7 @@ class Checkpointer:
         store: Store,
         run: str,
         name: str,
-        fragments: Mapping[str, Fragment],
+        fragments: Fragments | FragmentsOf,
         config: Mapping[str, Any] | None,
         may_change: Sequence[str],
         may_be_unused: tuple[str, ...],
@@ -281,7 +285,8 @@ class Checkpointer:
         changes = together(self._ranks, lambda: _compare(stored, config, may_change))
         for change in changes:
             self._say(f"resuming with another {change}", logging.WARNING)
-        loaded = load(stored, fragments, self._ranks, self.config.verify == "hashes", may_be_unused)
+        wanted = fragments(stored.state) if callable(fragments) else fragments
+        loaded = load(stored, wanted, self._ranks, self.config.verify == "hashes", may_be_unused)
         loaded.changes = changes
         step = {"url": store.url, "run": run, "name": name, "attempt": self.attempt, "by_hand": by_hand}
         self._lineage = [*stored.manifest.lineage, step | {"changes": [str(change) for change in changes]}]
