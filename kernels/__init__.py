@@ -1,0 +1,10 @@
+"""The maths of self-modifying memories: `naive` (token by token, the truth) and `chunk` (chunk-parallel, any device).
+
+Both share one signature, `self_modify(inputs, initial, rule, state=None, document_starts=None)`, and import torch only.
+README.md beside this file derives the chunk form and its costs.
+"""
+
+from kernels.rule import MemoryRule, MemoryRuleError
+from kernels.state import Initial, Inputs, MemoryState, Weights
+
+__all__ = ["Initial", "Inputs", "MemoryRule", "MemoryRuleError", "MemoryState", "Weights"]

@@ -1,0 +1,115 @@
+"""Cuts packed sequences into blocks: runs of tokens of one document inside one chunk of at most 64 tokens.
+
+Chunks are counted from each document's own start, so rows of a batch may be cut at different places. Then the tokens
+are gathered into padded blocks; when all rows are cut alike (the common case) blocks are plain slices.
+Building a layout with document starts reads them on the host once: build it once per batch, not once per layer.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.rule import MemoryRule
+
+# Per row of the batch, or one answer for all rows.
+RowMask = Tensor | bool
+
+
+@dataclass(frozen=True)
+class Block:
+    """One step of the chunk loop."""
+
+    begin: int
+    """First token, in the padded layout if there is one."""
+    end: int
+    """One past the last token."""
+    resets: RowMask
+    """Rows whose document begins with this block."""
+    begins_mem: RowMask
+    """Rows in which a chunk of the main memory begins with this block."""
+    begins_other: RowMask
+    """Rows in which a chunk of the other memories begins with this block."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The blocks of a batch and where its tokens lie in them."""
+
+    blocks: tuple[Block, ...]
+    source: Tensor | None
+    """[B, S] token of each padded slot (0 where empty); None: no padding, slots are the tokens."""
+    valid: Tensor | None
+    """[B, S] whether a slot holds a token."""
+    slot: Tensor | None
+    """[B, T] slot of each token."""
+    ends_mem: RowMask
+    """Rows that end with a complete chunk of the main memory."""
+    ends_other: RowMask
+    """Rows that end with a complete chunk of the other memories."""
+    position: Tensor
+    """[B] tokens since the document began, after the last token."""
+
+
+def token_positions(document_starts: Tensor | None, position: Tensor, num_tokens: int) -> Tensor:
+    """[B, T] tokens since the document of each token began, given those before the first token."""
+    steps = torch.arange(num_tokens, device=position.device)
+    carried = position[:, None] + steps
+    if document_starts is None:
+        return carried
+    last_start = torch.where(document_starts, steps, -1).cummax(1).values
+    return torch.where(last_start >= 0, steps - last_start, carried)
+
+
+def _fold(mask: Tensor) -> RowMask:
+    if bool(mask.all()):
+        return True
+    return mask if bool(mask.any()) else False
+
+
+def build_layout(rule: MemoryRule, num_tokens: int, position: Tensor, document_starts: Tensor | None) -> Layout:
+    """The layout of [B, num_tokens] tokens that continue documents at `position` [B]."""
+    device = position.device
+    where = token_positions(document_starts, position, num_tokens).cpu()
+    in_chunk = where % rule.chunk_min
+    cuts = in_chunk % rule.block_tokens == 0
+    cuts[:, 0] = True
+    ends = where[:, -1] + 1
+    common = {
+        "ends_mem": _row_mask(ends % rule.chunk_mem == 0, device),
+        "ends_other": _row_mask(ends % rule.chunk_other == 0, device),
+        "position": ends.to(device),
+    }
+    # A row that continues a document at its start is no reset; position 0 carries no state.
+    starts = where == 0
+
+    def block(begin: int, end: int, first: Tensor, has: Tensor) -> Block:
+        rows = torch.arange(where.shape[0])
+        at = where[rows, first]
+        masks = (starts[rows, first], at % rule.chunk_mem == 0, at % rule.chunk_other == 0)
+        return Block(begin, end, *(_row_mask(mask & has, device) for mask in masks))
+
+    everywhere = torch.ones(where.shape[0], dtype=torch.bool)
+    if bool((cuts == cuts[:1]).all()):
+        begins = cuts[0].nonzero().flatten().tolist()
+        blocks = [
+            block(begin, end, torch.full_like(ends, begin), everywhere)
+            for begin, end in zip(begins, [*begins[1:], num_tokens], strict=True)
+        ]
+        return Layout(tuple(blocks), None, None, None, **common)
+
+    steps = torch.arange(num_tokens)
+    block_index = cuts.cumsum(1) - 1
+    begin_of = torch.where(cuts, steps, 0).cummax(1).values
+    num_blocks = int(block_index.max()) + 1
+    width = rule.block_tokens
+    slot = block_index * width + (steps - begin_of)
+    source = torch.zeros(where.shape[0], num_blocks * width, dtype=torch.long).scatter(1, slot, steps.expand_as(slot))
+    valid = torch.zeros_like(source, dtype=torch.bool).scatter(1, slot, True)
+    blocks = [block(i * width, (i + 1) * width, source[:, i * width], valid[:, i * width]) for i in range(num_blocks)]
+    return Layout(tuple(blocks), source.to(device), valid.to(device), slot.to(device), **common)
+
+
+def _row_mask(mask: Tensor, device: torch.device) -> RowMask:
+    folded = _fold(mask)
+    return folded if isinstance(folded, bool) else folded.to(device)

@@ -1,0 +1,19 @@
+"""Hope, its ablations and its rivals as language models; torch and kernels only.
+
+`preset(family, name)` gives a config, `build(config)` the model, `config.level_patterns()` the CMS levels by name.
+"""
+
+from nltrain.model.config import FAMILIES, ModelConfig, ModelConfigError
+from nltrain.model.lm import LanguageModel, LanguageModelState, build
+from nltrain.model.presets import SIZES, preset
+
+__all__ = [
+    "FAMILIES",
+    "SIZES",
+    "LanguageModel",
+    "LanguageModelState",
+    "ModelConfig",
+    "ModelConfigError",
+    "build",
+    "preset",
+]

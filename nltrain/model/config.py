@@ -1,0 +1,139 @@
+"""What a model is: one frozen config for Hope, its ablations and its rivals.
+
+All families share the block wiring, so that comparisons differ in one thing: `hope` and `titans` and `matrix` differ in
+the memory rule, `hope_attention` and `transformer` replace the memories by softmax attention.
+"""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from kernels import MemoryRule
+
+FAMILIES = ("hope", "hope_attention", "titans", "matrix", "transformer")
+ATTENTION_FAMILIES = ("hope_attention", "transformer")
+# Child names of the CMS module that are not levels.
+RESERVED_LEVEL_NAMES = ("mix", "base", "rest")
+
+
+class ModelConfigError(ValueError):
+    """A model option outside its range; the message names the field, its value and the remedy."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A language model of one of the families."""
+
+    family: str = "hope"
+    """hope, hope_attention (attention + CMS), titans (static projections, one memory), matrix (gated delta rule),
+    transformer (rotary, SwiGLU)."""
+    vocab_size: int = 32_000
+    """Tokens in the vocabulary; embeddings are tied."""
+    width: int = 768
+    """Model width D."""
+    num_layers: int = 16
+    """Blocks."""
+    head_dim: int = 128
+    """Width d of a head; the number of heads is width / head_dim."""
+    memory_hidden: int = 128
+    """Hidden width h of a two-layer memory, per head."""
+    rule: MemoryRule = field(default_factory=MemoryRule)
+    """How the memories write themselves (families with memories)."""
+    levels: tuple[str, ...] = ("fast", "mid", "slow")
+    """Names of the CMS levels, fast to slow. A single level is an ordinary feed-forward layer and no level of its own."""
+    cms_variant: str = "chain"
+    """"chain": level after level (Eq. 70). "independent": a learned weighted sum of parallel levels (Eq. 74)."""
+    cms_hidden: int | None = None
+    """Hidden width of all CMS levels of a block together. None: 4 x width, the size of one feed-forward layer."""
+    ffn_hidden: int | None = None
+    """Hidden width of the SwiGLU of `transformer`. None: as many parameters per block as Hope has."""
+    conv_width: int = 4
+    """Taps of the causal depthwise convolution on the q, k, v paths; 0 for none."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary angles (attention families)."""
+    norm_eps: float = 1e-6
+    """Added to the mean square inside RMSNorm."""
+    w1_std: float = 0.02
+    """Standard deviation of the initial output side of the memories."""
+    eta_init: float | None = None
+    """Initial inner learning rate. None: min(0.1, eta_max / 2)."""
+    alpha_init: float = 0.99
+    """Initial retention per token."""
+    recompute: str = "none"
+    """"none": keep all activations of the chunk loop. "chunks": keep the memories' states at every sqrt(chunks)-th
+    boundary and recompute the rest in the backward pass."""
+    truncate_chunks: int | None = None
+    """Cuts the outer gradient through the memories' states every so many chunks. None: never."""
+
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise ModelConfigError(f"ModelConfig.family = {self.family!r}: choose one of {', '.join(FAMILIES)}")
+        for name in ("vocab_size", "width", "num_layers", "head_dim", "memory_hidden"):
+            if getattr(self, name) < 1:
+                raise ModelConfigError(f"ModelConfig.{name} = {getattr(self, name)}: give at least 1")
+        if self.width % self.head_dim:
+            raise ModelConfigError(f"ModelConfig.head_dim = {self.head_dim}: must divide width = {self.width}")
+        if self.family in ATTENTION_FAMILIES and self.head_dim % 2:
+            raise ModelConfigError(f"ModelConfig.head_dim = {self.head_dim}: rotary positions need an even number")
+        object.__setattr__(self, "levels", tuple(self.levels))
+        bad = [n for n in self.levels if not n.isidentifier() or n in RESERVED_LEVEL_NAMES]
+        if bad or not self.levels or len(set(self.levels)) != len(self.levels):
+            raise ModelConfigError(
+                f"ModelConfig.levels = {self.levels}: give distinct identifiers, fast to slow, none of "
+                f"{', '.join(RESERVED_LEVEL_NAMES)}"
+            )
+        if self.cms_variant not in ("chain", "independent"):
+            raise ModelConfigError(f"ModelConfig.cms_variant = {self.cms_variant!r}: choose chain or independent")
+        if self.cms_total < len(self.levels):
+            raise ModelConfigError(f"ModelConfig.cms_hidden = {self.cms_hidden}: give at least one per level")
+        if self.conv_width < 0:
+            raise ModelConfigError(f"ModelConfig.conv_width = {self.conv_width}: give 0 for none, or the taps")
+        if self.recompute not in ("none", "chunks"):
+            raise ModelConfigError(f"ModelConfig.recompute = {self.recompute!r}: choose none or chunks")
+        if self.truncate_chunks is not None and self.truncate_chunks < 1:
+            raise ModelConfigError(f"ModelConfig.truncate_chunks = {self.truncate_chunks}: give at least 1, or None")
+
+    @property
+    def num_heads(self) -> int:
+        """Heads per block."""
+        return self.width // self.head_dim
+
+    @property
+    def cms_total(self) -> int:
+        """Hidden width of all CMS levels of a block together."""
+        return 4 * self.width if self.cms_hidden is None else self.cms_hidden
+
+    def level_hidden(self) -> dict[str, int]:
+        """Hidden width of each level, fast to slow; they add up to `cms_total`."""
+        k = len(self.levels)
+        return {name: self.cms_total * (i + 1) // k - self.cms_total * i // k for i, name in enumerate(self.levels)}
+
+    @property
+    def swiglu_hidden(self) -> int:
+        """Hidden width of the SwiGLU: by default the one that makes a block as large as Hope's with h = d_head."""
+        if self.ffn_hidden is not None:
+            return self.ffn_hidden
+        # Hope's block has 13 D^2 + 8 D h of matrices, attention uses 4 D^2 of them, SwiGLU has three matrices.
+        return max(8, round((9 * self.width + 8 * self.memory_hidden) / 3 / 8) * 8)
+
+    def level_patterns(self) -> dict[str, tuple[str, ...]]:
+        """Patterns over `named_parameters()` per CMS level, fast to slow; everything unmatched is base."""
+        if self.family == "transformer" or len(self.levels) == 1:
+            return {}
+        return {name: (f"*.cms.{name}.*",) for name in self.levels}
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dict."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """The inverse of `to_dict`, refusing unknown names."""
+        unknown = set(values) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ModelConfigError(f"ModelConfig has no field {sorted(unknown)}")
+        values = dict(values)
+        if isinstance(values.get("rule"), dict):
+            values["rule"] = MemoryRule.from_dict(values["rule"])
+        if "levels" in values:
+            values["levels"] = tuple(values["levels"])
+        return cls(**values)

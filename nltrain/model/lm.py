@@ -1,0 +1,112 @@
+"""The language model: tied embeddings around a stack of blocks, in one call or streamed in pieces.
+
+A piece returns the state that continues it; feeding a sequence in pieces equals one call. `loss` is the fp32 sum over
+real targets, so that the caller decides what to average over.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nltrain.model.config import ATTENTION_FAMILIES, ModelConfig
+from nltrain.model.feedforward import CMS, SwiGLU
+from nltrain.model.mixers import Attention, MemoryMixer
+from nltrain.model.packing import Packing
+from nltrain.model.parts import RMSNorm, TiedEmbedding
+
+
+class LanguageModelState(NamedTuple):
+    """A batch of sequences in the middle: [B] tokens since each document began, and every block's state."""
+
+    position: Tensor
+    blocks: tuple[Any, ...]
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then the feed-forward part with its own residuals (Eq. 94-97)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.mixer = Attention(config) if config.family in ATTENTION_FAMILIES else MemoryMixer(config)
+        if config.family == "transformer":
+            self.ffn: nn.Module = SwiGLU(config)
+        else:
+            self.cms = CMS(config)
+
+    def forward(self, x: Tensor, packing: Packing, state: Any) -> tuple[Tensor, Any]:
+        mixed, state = self.mixer(self.norm(x), packing, state)
+        x = x + mixed
+        return (self.ffn(x) if hasattr(self, "ffn") else self.cms(x)), state
+
+
+class LanguageModel(nn.Module):
+    """Next-token model over `config.vocab_size` tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = TiedEmbedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        # Residual branches start small, so that depth does not grow the variance.
+        branches = config.num_layers * (2 if config.family == "transformer" else 1 + len(config.levels))
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear):
+                into_residual = name.endswith((".out", ".down"))
+                nn.init.normal_(module.weight, std=config.width**-0.5 * 0.5 / (branches**0.5 if into_residual else 1))
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def _hidden(
+        self, tokens_BT: Tensor, document_starts_BT: Tensor | None, state: LanguageModelState | None
+    ) -> tuple[Tensor, LanguageModelState]:
+        packing = Packing(
+            tuple(tokens_BT.shape), document_starts_BT, state.position if state else None, tokens_BT.device
+        )  # type: ignore[arg-type]
+        x = self.embedding(tokens_BT)
+        states = []
+        for i, block in enumerate(self.blocks):
+            x, block_state = block(x, packing, state.blocks[i] if state else None)
+            states.append(block_state)
+        return self.norm(x), LanguageModelState(packing.next_position, tuple(states))
+
+    def forward(
+        self, tokens_BT: Tensor, document_starts_BT: Tensor | None = None, state: LanguageModelState | None = None
+    ) -> tuple[Tensor, LanguageModelState]:
+        """Logits [B, T, V] and the state after the last token. document_starts_BT: bool, True where one begins."""
+        hidden, state = self._hidden(tokens_BT, document_starts_BT, state)
+        return self.embedding(hidden), state
+
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, document_starts_BT: Tensor | None = None) -> Tensor:
+        """fp32 scalar: cross entropy in nats, summed over targets != -100."""
+        hidden, _ = self._hidden(tokens_BT, document_starts_BT, None)
+        return self.embedding(hidden, targets_BT)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens_BT: Tensor,
+        num_new_tokens: int,
+        temperature: float = 1.0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """tokens_BT with num_new_tokens sampled ones appended, the memories writing as they go. temperature 0: greedy."""
+        logits, state = self(tokens_BT)
+        out = [tokens_BT]
+        for i in range(num_new_tokens):
+            last = logits[:, -1].float()
+            if temperature > 0:
+                token = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
+            else:
+                token = last.argmax(-1, keepdim=True)
+            out.append(token)
+            if i + 1 < num_new_tokens:
+                logits, state = self(token, state=state)
+        return torch.cat(out, 1)
+
+
+def build(config: ModelConfig) -> LanguageModel:
+    """The model of `config`, initialised from torch's global generator."""
+    return LanguageModel(config)

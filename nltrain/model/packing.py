@@ -1,0 +1,66 @@
+"""Where documents begin in a batch, worked out once and shared by all blocks.
+
+A document starts afresh everywhere: memories, convolutions, attention and rotary positions all see only its own tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from kernels import MemoryRule
+from kernels.layout import Layout, build_layout, token_positions
+
+
+class Packing:
+    """The documents of [B, T] tokens that continue rows with `position` [B] tokens of their document behind them.
+
+    Whether any document starts inside is read on the host: one synchronisation per batch on an accelerator.
+    """
+
+    def __init__(self, shape: tuple[int, int], starts: Tensor | None, position: Tensor | None, device: torch.device):
+        num_sequences, self.num_tokens = shape
+        self.streamed = position is not None
+        self.first_position = (
+            position if position is not None else torch.zeros(num_sequences, dtype=torch.long, device=device)
+        )
+        if starts is not None and not bool((starts if self.streamed else starts[:, 1:]).any()):
+            starts = None
+        self.starts = starts
+        self._positions: Tensor | None = None
+        self._layouts: dict[tuple[int, int], Layout] = {}
+
+    @property
+    def positions(self) -> Tensor:
+        """[B, T] tokens since each token's document began."""
+        if self._positions is None:
+            self._positions = token_positions(self.starts, self.first_position, self.num_tokens)
+        return self._positions
+
+    @property
+    def next_position(self) -> Tensor:
+        """[B] tokens since the document began, after the last token."""
+        return self.positions[:, -1] + 1
+
+    def taps_seen(self, num_taps: int, dtype: torch.dtype) -> Tensor | None:
+        """[B, T, num_taps] whether the token 1, 2, ... before belongs to the same document; None if zeros stand there."""
+        if self.starts is None and not self.streamed:
+            return None
+        taps = torch.arange(1, num_taps + 1, device=self.positions.device)
+        return (self.positions.unsqueeze(-1) >= taps).to(dtype)
+
+    def layout(self, rule: MemoryRule) -> Layout:
+        """The blocks of the chunk loop."""
+        key = (rule.chunk_mem, rule.chunk_other)
+        if key not in self._layouts:
+            self._layouts[key] = build_layout(rule, self.num_tokens, self.first_position, self.starts)
+        return self._layouts[key]
+
+    def attention_mask(self, num_past: int) -> Tensor | None:
+        """[B, 1, T, num_past + T] which keys a token sees; None for plain causal attention."""
+        if self.starts is None and not num_past:
+            return None
+        device = self.positions.device
+        query = num_past + torch.arange(self.num_tokens, device=device)
+        key = torch.arange(num_past + self.num_tokens, device=device)
+        # The document of a token began positions tokens before it.
+        first = (query - self.positions).unsqueeze(-1)
+        return ((key <= query.unsqueeze(-1)) & (key >= first)).unsqueeze(1)

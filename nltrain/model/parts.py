@@ -1,0 +1,149 @@
+"""Leaf modules: each owns parameters, has no children, and reads its parameters only inside its own forward.
+
+That is what lets a sharded engine own a level: it gathers a module's parameters when the module is called. Holders
+return copies, because gathered parameters are released when the forward returns.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kernels.rule import GATES, MemoryRule
+from kernels.state import Initial, Weights, gate_bias
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm per head of [B, T, H, d], with a weight of its own per head; returns [B, T, H * d]."""
+
+    def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_heads, head_dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight).flatten(-2)
+
+
+class CausalConv(nn.Module):
+    """SiLU of a depthwise causal convolution, `paths` of them on one input: [B, T, D] to [paths, B, T, D].
+
+    `history` holds the inputs just before the first token, [B, taps - 1, D]. `taps_seen` [B, T, taps - 1] says which
+    earlier inputs belong to the token's own document; None when all do or are zero.
+    """
+
+    def __init__(self, width: int, taps: int, paths: int) -> None:
+        super().__init__()
+        self.taps = taps
+        self.weight = nn.Parameter(torch.empty(taps, paths, width))
+        with torch.no_grad():
+            nn.init.normal_(self.weight, std=taps**-0.5)
+
+    def forward(self, u: Tensor, history: Tensor, taps_seen: Tensor | None) -> Tensor:
+        paths = self.weight.shape[1]
+        num_tokens = u.shape[1]
+        padded = torch.cat([history, u], 1)
+        windows = [padded[:, self.taps - 1 - j : self.taps - 1 - j + num_tokens] for j in range(self.taps)]
+        if taps_seen is not None:
+            windows[1:] = [w * taps_seen[..., j, None] for j, w in enumerate(windows[1:])]
+        if taps_seen is None and u.device.type != "cpu":
+            weight = self.weight.permute(2, 1, 0).flip(-1).flatten(0, 1).unsqueeze(1)  # [D * paths, 1, taps]
+            y = F.conv1d(padded.mT, weight, groups=u.shape[-1])
+            return F.silu(y.unflatten(1, (-1, paths)).permute(2, 0, 3, 1))
+        outputs = []
+        for p in range(paths):
+            y = windows[0] * self.weight[0, p]
+            for j in range(1, self.taps):
+                y = torch.addcmul(y, windows[j], self.weight[j, p])
+            outputs.append(y)
+        return F.silu(torch.stack(outputs))
+
+
+class MemoryHolder(nn.Module):
+    """The learned initial state of all memories of a block, one tensor per memory and side.
+
+    `forward` returns copies in at least fp32, in the order that `pack` expects.
+    """
+
+    def __init__(
+        self, rule: MemoryRule, num_heads: int, head_dim: int, hidden: int, w1_std: float, eta_init: float | None,
+        alpha_init: float,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.rule = rule
+        mlp = rule.memory == "mlp"
+        for name in rule.full_names + rule.gate_names:
+            out = head_dim if name in rule.full_names else 1
+            rows = hidden if mlp else out
+            self.register_parameter(f"{name}_w2", nn.Parameter(torch.empty(num_heads, rows, head_dim)))
+            nn.init.normal_(getattr(self, f"{name}_w2"), std=head_dim**-0.5 if mlp else w1_std)
+            if mlp:
+                self.register_parameter(f"{name}_w1", nn.Parameter(torch.empty(num_heads, out, hidden)))
+                nn.init.normal_(getattr(self, f"{name}_w1"), std=w1_std)
+        for name in GATES:
+            self.register_parameter(f"{name}_slow", nn.Parameter(torch.empty(num_heads, head_dim)))
+            nn.init.normal_(getattr(self, f"{name}_slow"), std=0.02)
+        self.gate_bias = nn.Parameter(gate_bias(rule, eta_init, alpha_init).float()[:, None].repeat(1, num_heads))
+
+    def forward(self) -> tuple[Tensor, ...]:
+        rule, mlp = self.rule, self.rule.memory == "mlp"
+
+        def get(name: str) -> Tensor:
+            p = getattr(self, name)
+            return p.to(torch.promote_types(p.dtype, torch.float32))
+
+        w2 = torch.cat([get(f"{name}_w2") for name in rule.full_names + rule.gate_names], 1)
+        slow = torch.stack([get(f"{name}_slow") for name in GATES])
+        out = [w2, slow, get("gate_bias") * 1.0]
+        if mlp:
+            out.append(torch.stack([get(f"{name}_w1") for name in rule.full_names], 1))
+        if mlp and rule.gate_names:
+            out.append(torch.cat([get(f"{name}_w1") for name in rule.gate_names], 1))
+        return tuple(out)
+
+    @staticmethod
+    def pack(tensors: tuple[Tensor, ...]) -> Initial:
+        """What the kernels take, from what `forward` returns."""
+        w2, slow, bias, *rest = tensors
+        w1, g1 = (*rest, None, None)[:2]
+        return Initial(Weights(w2, w1, g1), slow, bias)
+
+
+class TiedEmbedding(nn.Module):
+    """One matrix for both ends: tokens to vectors, and vectors to logits or to the summed loss."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """int64 [..] to [.., D]; float [.., D] to logits [.., V]; with targets the fp32 loss, summed over != -100."""
+        if not x.is_floating_point():
+            return F.embedding(x, self.weight)
+        if targets is None:
+            return F.linear(x, self.weight)
+        logits = F.linear(x.flatten(0, -2), self.weight)
+        return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-100, reduction="sum")
+
+
+class LevelMix(nn.Module):
+    """Learned weights of the independent CMS variant, [k]."""
+
+    def __init__(self, num_levels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_levels))
+
+    def forward(self) -> Tensor:
+        return self.weight * 1.0

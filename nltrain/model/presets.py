@@ -1,0 +1,43 @@
+"""Named sizes. Hope and Transformer++ of one name have the same parameters within 2 %.
+
+From 160m on: head width and memory width 128, dense q, k, v, gate, out (5 D^2), all CMS levels together 8 D^2, tied
+embeddings of 32,000 tokens. `tiny` is for laptops and tests and keeps those proportions with smaller heads.
+"""
+
+from dataclasses import replace
+
+from kernels import MemoryRule
+from nltrain.model.config import FAMILIES, ModelConfig, ModelConfigError
+
+# name: (vocabulary, width, layers, head width, memory hidden width)
+SIZES = {
+    "tiny": (4_096, 160, 3, 32, 32),
+    "160m": (32_000, 768, 16, 128, 128),
+    "340m": (32_000, 1024, 21, 128, 128),
+    "760m": (32_000, 1536, 22, 128, 128),
+    "1p3b": (32_000, 2048, 22, 128, 128),
+}
+
+# Titans: projections are static, one memory, plain gradient descent with momentum towards v itself.
+TITANS = MemoryRule(adaptive=(), target="value", lambda_d=0.0, momentum=True)
+# Gated delta rule: S <- S (alpha I - eta k k^T) + eta v k^T, exact at any chunk length, starting from zero-mean weights.
+MATRIX = MemoryRule(memory="matrix", adaptive=(), target="value", objective="dot", residual=False, eta_max=1.0)
+
+
+def preset(family: str, name: str) -> ModelConfig:
+    """The config of one size of one family: tiny, 160m, 340m, 760m, 1p3b."""
+    if name not in SIZES:
+        raise ModelConfigError(f"preset {name!r}: choose one of {', '.join(SIZES)}")
+    if family not in FAMILIES:
+        raise ModelConfigError(f"preset family {family!r}: choose one of {', '.join(FAMILIES)}")
+    vocab_size, width, num_layers, head_dim, hidden = SIZES[name]
+    config = ModelConfig(
+        family=family, vocab_size=vocab_size, width=width, num_layers=num_layers, head_dim=head_dim, memory_hidden=hidden
+    )  # fmt: skip
+    if family == "titans":
+        return replace(config, rule=TITANS, levels=("ffn",))
+    if family == "matrix":
+        return replace(config, rule=MATRIX, levels=("ffn",))
+    if family == "transformer":
+        return replace(config, conv_width=0)
+    return config
