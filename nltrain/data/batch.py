@@ -1,0 +1,74 @@
+"""What a rank gets for one micro-step: tokens, targets and document starts as torch tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nltrain.data import shards
+
+IGNORED_TARGET = -100
+BYTES_PER_TOKEN = 8 + 8 + 1  # tokens, targets, document_starts
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of T tokens."""
+
+    tokens: Tensor
+    """[B, T] int64."""
+    targets: Tensor
+    """[B, T] int64: the next token of each position, -100 where it is padding."""
+    document_starts: Tensor
+    """[B, T] bool: True at the first token of a document, where a model's memory begins anew."""
+    sample_indices: tuple[int, ...]
+    """Global index of each sequence; empty for padding."""
+    num_targets: int
+    """Targets that count, in this batch."""
+
+    @classmethod
+    def padding(cls, seq_len: int) -> Self:
+        """One sequence whose targets are all ignored, for a rank without a sequence."""
+        return cls(
+            torch.zeros(1, seq_len, dtype=torch.int64),
+            torch.full((1, seq_len), IGNORED_TARGET, dtype=torch.int64),
+            torch.zeros(1, seq_len, dtype=torch.bool),
+            (),
+            0,
+        )
+
+    @classmethod
+    def pack(cls, sequences: Sequence[shards.Sequence], sample_indices: Sequence[int], seq_len: int) -> Self:
+        """The batch of these sequences."""
+        num = len(sequences)
+        tokens, targets = np.empty((num, seq_len), np.int64), np.empty((num, seq_len), np.int64)
+        starts = np.zeros((num, seq_len), np.bool_)
+        num_targets = 0
+        for row, sequence in enumerate(sequences):
+            tokens[row] = sequence.tokens[:-1]
+            targets[row] = sequence.tokens[1:]
+            targets[row, sequence.num_targets :] = IGNORED_TARGET
+            starts[row, sequence.starts] = True
+            num_targets += sequence.num_targets
+        columns = (torch.from_numpy(array) for array in (tokens, targets, starts))
+        return cls(*columns, tuple(int(index) for index in sample_indices), num_targets)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch on another device."""
+        columns = (
+            column.to(device, non_blocking=non_blocking) for column in (self.tokens, self.targets, self.document_starts)
+        )
+        return Batch(*columns, self.sample_indices, self.num_targets)
+
+    def pinned(self) -> "Batch":
+        """The batch in page-locked memory, from which copies to a GPU run beside its work."""
+        columns = (column.pin_memory() for column in (self.tokens, self.targets, self.document_starts))
+        return Batch(*columns, self.sample_indices, self.num_targets)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of its tensors."""
+        return self.tokens.numel() * BYTES_PER_TOKEN

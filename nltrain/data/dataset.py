@@ -1,0 +1,125 @@
+"""A prepared dataset as readers see it: manifest, tokenizer, shards.
+
+Opening reads the manifest alone, so it takes one request whatever the dataset's size; indexes and shards are read
+when they are needed and checked against the manifest's hashes.
+"""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from typing import Self
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from nltrain.data.errors import DataError
+from nltrain.data.manifest import TOKENIZER_KEY, read_manifest
+from nltrain.data.shards import MemberView, Sequence, ShardIndex
+from nltrain.data.store import Store, join_url, open_store
+from nltrain.data.tokenizer import tokenizer_from_bytes
+
+INDEXES_HELD = 256
+
+
+class TokenDataset:
+    """One split of a prepared dataset."""
+
+    def __init__(self, store: Store, split: str = "train"):
+        """Raises DataError when there is no dataset, no such split, or no sequence in it."""
+        self.store, self.split = store, split
+        self.url = store.url
+        self.manifest = read_manifest(store)
+        if split not in self.manifest.splits:
+            known = ", ".join(sorted(self.manifest.splits))
+            raise DataError(f"data.split: {split!r} is not in {self.url}: it has {known}")
+        self.shards = self.manifest.splits[split].shards
+        if not self.shards:
+            raise DataError(
+                f"{self.url}: split {split!r} holds no sequences: prepare more documents"
+                + (" or a larger validation_fraction" if split == "validation" else "")
+            )
+        self.fingerprint = self.manifest.fingerprint(split)
+        self.sequences_per_shard = np.array([shard.num_sequences for shard in self.shards], np.int64)
+        self.num_sequences = int(self.sequences_per_shard.sum())
+        self.num_tokens = self.manifest.splits[split].num_tokens
+        self.num_targets = self.manifest.splits[split].num_targets
+        self.seq_len = self.manifest.seq_len
+        self.vocab_size = self.manifest.vocab_size
+        self.dtype = np.dtype(self.manifest.dtype).newbyteorder("<")
+        self._indexes: dict[int, ShardIndex] = {}
+        self._indexes_lock = threading.Lock()
+
+    @classmethod
+    def open(cls, store: Store | str, split: str = "train") -> Self:
+        """The split of the dataset at a store or a URL."""
+        return cls(open_store(store) if isinstance(store, str) else store, split)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made it."""
+        url = join_url(self.url, TOKENIZER_KEY)
+        data = self.store.get(TOKENIZER_KEY)
+        if hashlib.sha256(data).hexdigest() != self.manifest.tokenizer_sha256:
+            raise DataError(f"{url}: altered since the dataset was prepared: restore it or prepare again")
+        return tokenizer_from_bytes(data, url)
+
+    def shard_url(self, shard: int) -> str:
+        """Where a shard lies."""
+        return join_url(self.url, self.shards[shard].key)
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of a shard; the last few are kept."""
+        index = self._indexes.get(shard)
+        if index is None:
+            line = self.shards[shard]
+            data = self.store.get(line.index_key)
+            index = ShardIndex.parse(data, join_url(self.url, line.index_key), line.index_sha256)
+            with self._indexes_lock:  # readers are threads
+                self._indexes[shard] = index
+                while len(self._indexes) > INDEXES_HELD:
+                    del self._indexes[next(iter(self._indexes))]
+        return index
+
+    def check_shard(self, shard: int, data: bytes | memoryview) -> None:
+        """Raises DataError, naming the damaged members, when the bytes are not the shard's."""
+        line = self.shards[shard]
+        if len(data) == line.num_bytes and hashlib.sha256(data).hexdigest() == line.sha256:
+            return
+        damage = f"{len(data)} of {line.num_bytes} bytes"
+        if len(data) == line.num_bytes:
+            index = self.index(shard)
+            views = (MemberView.cut(index, i, memoryview(data)) for i in range(len(index.members)))
+            damage = ", ".join(f"member {view.member.key}" for view in views if not view.is_intact()) or "tar headers"
+        raise DataError(
+            f"{self.shard_url(shard)}: checksum mismatch ({damage}): the shard is damaged; "
+            "restore it or prepare the dataset again"
+        )
+
+    def sequences(self) -> Iterator[Sequence]:
+        """All sequences in stored order; holds one shard at a time."""
+        for shard in range(len(self.shards)):
+            data = self.store.get(self.shards[shard].key)
+            self.check_shard(shard, data)
+            index = self.index(shard)
+            for position, member in enumerate(index.members):
+                view = MemberView.cut(index, position, memoryview(data))
+                for slot in range(member.num_sequences):
+                    yield view.sequence(slot)
+
+    def tokens_by_group(self) -> Iterator[np.ndarray]:
+        """The token stream, without padding or overlaps, one array for each unbroken piece of it."""
+        pieces: list[np.ndarray] = []
+        last_group = None
+        for shard in range(len(self.shards)):
+            group = self.shards[shard].key.rpartition("-")[0]
+            if pieces and group != last_group:
+                yield np.concatenate(pieces)
+                pieces = []
+            last_group = group
+            data = self.store.get(self.shards[shard].key)
+            self.check_shard(shard, data)
+            index = self.index(shard)
+            for position, member in enumerate(index.members):
+                view = MemberView.cut(index, position, memoryview(data))
+                pieces.append(view.tokens[(1 if pieces else 0) : member.num_tokens])
+        if pieces:
+            yield np.concatenate(pieces)

@@ -1,0 +1,121 @@
+"""The manifest: what a prepared dataset consists of. Written last and atomically, so a dataset is complete or absent.
+
+One manifest.json at the dataset's prefix names the tokenizer, the sequence length and, for each split, every shard
+with its size, counts and SHA-256. A split's `fingerprint` hashes all that decides which sample is which.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nltrain.data.errors import DataError
+from nltrain.data.shards import Shard
+from nltrain.data.store import MissingObjectError, Store, join_url
+
+FORMAT = "nltrain-tokens-1"
+MANIFEST_KEY = "manifest.json"
+TOKENIZER_KEY = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Split:
+    """The shards of one split, in order, and their sums."""
+
+    shards: tuple[Shard, ...]
+
+    @property
+    def num_sequences(self) -> int:
+        return sum(shard.num_sequences for shard in self.shards)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(shard.num_tokens for shard in self.shards)
+
+    @property
+    def num_targets(self) -> int:
+        return sum(shard.num_targets for shard in self.shards)
+
+    @property
+    def num_documents(self) -> int:
+        return sum(shard.num_documents for shard in self.shards)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset."""
+
+    seq_len: int
+    dtype: str
+    """NumPy name of the stored token type: uint16 or uint32."""
+    vocab_size: int
+    separator_id: int | None
+    tokenizer_sha256: str
+    splits: dict[str, Split]
+    report: dict[str, Any] = field(default_factory=dict)
+    """How it came about: settings, tokens in and out, dropped records by reason."""
+
+    def fingerprint(self, split: str) -> str:
+        """32 hex digits that change with any sample of the split, its order, the tokenizer or the sequence length."""
+        identity = {
+            "format": FORMAT,
+            "seq_len": self.seq_len,
+            "dtype": self.dtype,
+            "tokenizer": self.tokenizer_sha256,
+            "shards": [[shard.sha256, shard.num_sequences] for shard in self.splits[split].shards],
+        }
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+    def to_bytes(self) -> bytes:
+        """Its JSON; equal manifests give equal bytes."""
+        content: dict[str, Any] = {"format": FORMAT}
+        content |= {name: value for name, value in vars(self).items() if name not in ("splits", "report")}
+        content["splits"] = {
+            name: {
+                "fingerprint": self.fingerprint(name),
+                "num_sequences": split.num_sequences,
+                "num_tokens": split.num_tokens,
+                "num_targets": split.num_targets,
+                "num_documents": split.num_documents,
+                "shards": [asdict(shard) for shard in split.shards],
+            }
+            for name, split in sorted(self.splits.items())
+        }
+        content["report"] = self.report
+        return (json.dumps(content, indent=1) + "\n").encode()
+
+    @classmethod
+    def parse(cls, data: bytes, url: str) -> "Manifest":
+        """The manifest of these bytes; `url` names it in errors."""
+        try:
+            content = json.loads(data)
+            splits = {
+                name: Split(tuple(Shard(**shard) for shard in split["shards"]))
+                for name, split in content["splits"].items()
+            }
+            if content["format"] != FORMAT:
+                raise DataError(f"{url}: format {content['format']!r}, this version reads {FORMAT!r}: prepare it again")
+            names = ("seq_len", "dtype", "vocab_size", "separator_id", "tokenizer_sha256", "report")
+            manifest = cls(splits=splits, **{name: content[name] for name in names})
+            np.dtype(manifest.dtype)
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"{url}: not a dataset manifest, or a truncated one ({type(error).__name__}: {error}): "
+                "prepare the dataset again"
+            ) from error
+        return manifest
+
+
+def read_manifest(store: Store) -> Manifest:
+    """The manifest at the store's prefix."""
+    url = join_url(store.url, MANIFEST_KEY)
+    try:
+        data = store.get(MANIFEST_KEY)
+    except MissingObjectError as error:
+        raise DataError(
+            f"{url}: no prepared dataset there (empty prefix, or prepare did not finish): "
+            "check data.prefix or run jobs/prepare_shards.py"
+        ) from error
+    return Manifest.parse(data, url)

@@ -1,0 +1,231 @@
+"""From documents to a dataset: tokenise, pack, shard, index; the manifest last.
+
+Guarantees: no token is lost or doubled (tokens in == tokens out, checked and reported); equal documents and settings
+give byte-equal shards however the work is spread, because a group of documents is packed on its own and groups are
+fixed beforehand; what a killed run finished is not done again. A document goes to the validation split by a hash of
+its name. Limits: one group is one worker's task.
+"""
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from nltrain.data.corpus import Document
+from nltrain.data.errors import DataError
+from nltrain.data.hashing import unit_hash
+from nltrain.data.manifest import MANIFEST_KEY, TOKENIZER_KEY, Manifest, Split, read_manifest
+from nltrain.data.shards import FinishedShard, Shard, ShardPacker
+from nltrain.data.store import MissingObjectError, Store, join_url
+from nltrain.data.tokenizer import SEPARATOR, DocumentEncoder, token_dtype, tokenizer_sha256, tokenizer_to_bytes
+
+TRAIN, VALIDATION = "train", "validation"
+# Long documents are encoded in parallel by the tokenizer's own threads; this bounds the text held at once.
+ENCODE_BATCH_CHARS = 1 << 20
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """How documents become shards. Each field changes the bytes written."""
+
+    seq_len: int = 1024
+    """Tokens per sequence that a model sees at once."""
+    validation_fraction: float = 0.01
+    """Share of documents held out, chosen by a hash of their names; 0: none."""
+    separator: str | None = SEPARATOR
+    """Token put before each document; None: documents are marked by their stored starts alone."""
+    bytes_per_member: int = 256 << 10
+    """Size of a tar member's tokens; the unit of range reads and of checksums."""
+    bytes_per_shard: int = 16 << 20
+    """A shard is closed when it reaches this size."""
+    seed: int = 0
+    """Enters the hash that holds documents out."""
+
+    def __post_init__(self) -> None:
+        for name in ("seq_len", "bytes_per_member", "bytes_per_shard"):
+            if getattr(self, name) < 1:
+                raise DataError(f"prepare.{name}: {getattr(self, name)}: must be at least 1")
+        if not 0 <= self.validation_fraction < 1:
+            raise DataError(f"prepare.validation_fraction: {self.validation_fraction}: must be in [0, 1)")
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """What one finished group added, and what it cost."""
+
+    shards: dict[str, list[Shard]]
+    num_documents: int
+    num_tokens: int
+    dropped: dict[str, int]
+    """Records that gave no tokens, by reason."""
+
+    def to_bytes(self, work: str) -> bytes:
+        return json.dumps({"work": work, **asdict(self)}, sort_keys=True).encode()
+
+    @classmethod
+    def parse(cls, data: bytes, work: str) -> "GroupResult | None":
+        """None when it is the result of other work."""
+        content = json.loads(data)
+        if content.pop("work") != work:
+            return None
+        content["shards"] = {split: [Shard(**shard) for shard in shards] for split, shards in content["shards"].items()}
+        return cls(**content)
+
+
+def prepare(
+    documents: Iterable[tuple[str, str]],
+    store: Store,
+    tokenizer: Tokenizer,
+    config: PrepareConfig,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Makes a dataset of documents (name, text) held in memory, as one group. Finished already: returns its manifest.
+
+    Raises DataError when another dataset lies at the store's prefix, or a name occurs twice.
+    """
+    documents = [Document(*document) for document in documents]
+    repeated = [name for name, count in Counter(name for name, _ in documents).items() if count > 1]
+    if repeated:
+        raise DataError(f"documents: name {repeated[0]!r} occurs more than once: give each document its own name")
+    content = hashlib.sha256()
+    for name, text in documents:
+        content.update(f"{len(name)} {len(text)} {name}{text}".encode("utf-8", errors="surrogatepass"))
+    work = work_key(config, tokenizer, content.hexdigest())
+    finished = finished_manifest(store, work)
+    if finished is not None:
+        return finished
+    result = prepare_group(0, documents, store, tokenizer, config, progress=progress)
+    return write_manifest(store, tokenizer, config, work, [result])
+
+
+def work_key(config: PrepareConfig, tokenizer: Tokenizer, inputs: str) -> str:
+    """Identity of a piece of work: settings, tokenizer and what goes in."""
+    identity = json.dumps([asdict(config), tokenizer_sha256(tokenizer), inputs], sort_keys=True)
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def finished_manifest(store: Store, work: str) -> Manifest | None:
+    """The manifest when this very work is done, None when nothing is there; another dataset is an error."""
+    if not store.exists(MANIFEST_KEY):
+        return None
+    manifest = read_manifest(store)
+    if manifest.report.get("work") != work:
+        raise DataError(
+            f"{join_url(store.url, MANIFEST_KEY)}: another dataset (other inputs, settings or tokenizer) is there: "
+            "choose another prefix, or delete this one first"
+        )
+    return manifest
+
+
+def prepare_group(
+    group: int,
+    documents: Iterable[Document],
+    store: Store,
+    tokenizer: Tokenizer,
+    config: PrepareConfig,
+    progress: Progress | None = None,
+    dropped: Counter[str] | None = None,
+) -> GroupResult:
+    """Packs and stores one group of documents. `dropped` is what the reader counts while it is read."""
+    dropped = Counter() if dropped is None else dropped
+    encoder = DocumentEncoder(tokenizer, config.separator)
+    dtype = token_dtype(encoder.vocab_size)
+    packers = {
+        split: ShardPacker(
+            f"{split}/{group:05d}", config.seq_len, dtype, config.bytes_per_member, config.bytes_per_shard
+        )
+        for split in (TRAIN, VALIDATION)
+    }
+    shards: dict[str, list[Shard]] = {split: [] for split in packers}
+    num_documents = num_tokens = 0
+    started_s = time.monotonic()
+
+    def store_all(split: str, finished: list[FinishedShard]) -> None:
+        for shard, data, index_data in finished:
+            store.put(shard.key, data)
+            store.put(shard.index_key, index_data)
+            shards[split].append(shard)
+            if progress is not None:
+                rate = num_tokens / max(1e-9, time.monotonic() - started_s)
+                progress(f"{shard.key}: {num_documents} documents, {num_tokens} tokens, {rate:.0f} tokens/s")
+
+    for batch in _batches(documents, dropped):
+        for (name, _), tokens in zip(batch, encoder.encode([text for _, text in batch]), strict=True):
+            held_out = unit_hash(config.seed, "hold out", name) < config.validation_fraction
+            split = VALIDATION if held_out else TRAIN
+            num_documents += 1
+            num_tokens += len(tokens)
+            store_all(split, packers[split].add(tokens))
+    for split, packer in packers.items():
+        store_all(split, packer.finish())
+    packed = sum(shard.num_tokens for split in shards.values() for shard in split)
+    if packed != num_tokens:
+        raise AssertionError(f"group {group}: {num_tokens} tokens went in, {packed} came out")
+    return GroupResult(shards, num_documents, num_tokens, dict(sorted(dropped.items())))
+
+
+def write_manifest(
+    store: Store, tokenizer: Tokenizer, config: PrepareConfig, work: str, results: list[GroupResult]
+) -> Manifest:
+    """Sums the groups up, in order, and commits the dataset."""
+    encoder = DocumentEncoder(tokenizer, config.separator)
+    splits = {
+        split: Split(tuple(shard for result in results for shard in result.shards[split]))
+        for split in (TRAIN, VALIDATION)
+    }
+    dropped: Counter[str] = Counter()
+    for result in results:
+        dropped.update(result.dropped)
+    report: dict[str, Any] = {
+        "work": work,
+        "settings": asdict(config),
+        "documents_in": sum(result.num_documents for result in results),
+        "tokens_in": sum(result.num_tokens for result in results),
+        "tokens_out": sum(split.num_tokens for split in splits.values()),
+        "dropped_records": dict(sorted(dropped.items())),
+    }
+    if not report["tokens_out"]:
+        raise DataError(f"{store.url}: the inputs hold no tokens (dropped: {report['dropped_records']}): check them")
+    manifest = Manifest(
+        seq_len=config.seq_len,
+        dtype=token_dtype(encoder.vocab_size).name,
+        vocab_size=encoder.vocab_size,
+        separator_id=encoder.separator_id,
+        tokenizer_sha256=tokenizer_sha256(tokenizer),
+        splits=splits,
+        report=report,
+    )
+    store.put(TOKENIZER_KEY, tokenizer_to_bytes(tokenizer))
+    store.put(MANIFEST_KEY, manifest.to_bytes())
+    return manifest
+
+
+def stored_result(store: Store, key: str, work: str) -> GroupResult | None:
+    """The result of an earlier run of the same group, if it finished."""
+    try:
+        return GroupResult.parse(store.get(key), work)
+    except MissingObjectError:
+        return None
+
+
+def _batches(documents: Iterable[Document], dropped: Counter[str]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    num_chars = 0
+    for document in documents:
+        if not document.text:
+            dropped["empty text"] += 1
+            continue
+        batch.append(document)
+        num_chars += len(document.text)
+        if num_chars >= ENCODE_BATCH_CHARS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch

@@ -1,0 +1,180 @@
+"""Batches of one rank, in the order it is told, made ready ahead on threads.
+
+`TokenStream` turns an iterable of sample indices (this rank's slice of each micro-step) into one `Batch` per entry.
+It holds no position: the caller knows how many samples its finished steps consumed, and starts a new stream there.
+Guarantees: batches come in order, verified; memory of batches and downloads stays within `buffer_bytes`; an error
+reaches the consumer at the batch that needed the data, after all earlier ones. Limits: entries are taken from the
+iterable ahead of time, so it must not depend on what the consumer does.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Self
+
+import numpy as np
+import torch
+
+from nltrain.data.batch import BYTES_PER_TOKEN, Batch
+from nltrain.data.cache import ShardCache
+from nltrain.data.config import DataConfig
+from nltrain.data.errors import DataError
+from nltrain.data.plan import SamplePlan
+from nltrain.data.reader import ByteMeter, ShardReader
+
+# Addresses are worked out for this many samples at once: the arithmetic is cheap per array, not per sample.
+PLANNED_SAMPLES = 512
+_END = object()
+
+
+class TokenStream:
+    """Iterator of batches; close it, or use it in a with block."""
+
+    def __init__(self, config: DataConfig, plan: SamplePlan, sample_ranges: Iterable[Sequence[int]]):
+        """sample_ranges: for each micro-step the global sample indices of this rank, possibly none."""
+        self.config, self.plan = config, plan
+        self.wait_s = 0.0  # time the consumer spent waiting for batches
+        self.num_batches = 0
+        download_bytes = config.buffer_bytes // 4
+        self._meter = ByteMeter(config.buffer_bytes - download_bytes)
+        _check_cache(config, plan)
+        cache = ShardCache(config.cache_folder, config.cache_bytes)
+        self._reader = ShardReader(plan.datasets, cache, config.download_threads, download_bytes)
+        self._entries = iter(sample_ranges)
+        self._ready: deque[Batch | BaseException | object] = deque()
+        self._changed = threading.Condition()
+        self._closed = False
+        self._feeder = threading.Thread(target=self._feed, name="nltrain-stream", daemon=True)
+        self._feeder.start()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started_s = time.perf_counter()
+        with self._changed:
+            self._changed.wait_for(lambda: self._ready or self._closed)
+            if self._closed:
+                raise StopIteration
+            item = self._ready[0]
+            if isinstance(item, Batch):
+                self._ready.popleft()
+                self._changed.notify_all()
+        self.wait_s += time.perf_counter() - started_s
+        if item is _END:
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
+        assert isinstance(item, Batch)
+        self._meter.release(item.num_bytes)
+        self.num_batches += 1
+        return item
+
+    def close(self) -> None:
+        """Stops all threads; batches not yet taken are dropped."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._meter.close()
+        self._reader.close()
+        self._feeder.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def peak_buffer_bytes(self) -> int:
+        """Most bytes held at once so far in batches made ready and downloads in flight (sum of both peaks)."""
+        return self._meter.peak_bytes + self._reader.meter.peak_bytes
+
+    @property
+    def num_damaged_transfers(self) -> int:
+        """Transfers whose checksum was wrong and that were fetched again."""
+        return self._reader.num_damaged_transfers
+
+    def _feed(self) -> None:
+        try:
+            for number, (indices, addresses) in enumerate(self._planned()):
+                if not self._offer(self._make(number, indices, addresses)):
+                    return
+            self._put(_END)
+        except BaseException as error:  # handed to the consumer, whatever it is
+            self._put(error)
+
+    def _planned(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(sample indices [n], addresses [n, 3]) of each entry."""
+        while True:
+            chunk: list[np.ndarray] = []
+            # The first entry is planned alone: the first batch should not wait for anything.
+            limit = 1 if self.num_batches == 0 and not self._ready else PLANNED_SAMPLES
+            while sum(len(entry) for entry in chunk) < limit and len(chunk) < limit:
+                entry = next(self._entries, None)
+                if entry is None:
+                    break
+                chunk.append(np.asarray(entry, np.int64))
+            if not chunk:
+                return
+            joined = np.concatenate(chunk)
+            addresses = np.empty((0, 3), np.int64)
+            if len(joined):
+                found = self.plan.addresses(joined)
+                addresses = np.stack([found.dataset, found.shard, found.offset], axis=1)
+            end = 0
+            for indices in chunk:
+                start, end = end, end + len(indices)
+                yield indices, addresses[start:end]
+
+    def _make(self, number: int, indices: np.ndarray, addresses: np.ndarray) -> Batch:
+        seq_len = self.plan.seq_len
+        num_bytes = max(1, len(indices)) * seq_len * BYTES_PER_TOKEN
+        if num_bytes > self._meter.limit_bytes:
+            raise DataError(
+                f"data.buffer_bytes: {self.config.buffer_bytes}: one batch of {len(indices)} x {seq_len} tokens takes "
+                f"{num_bytes} of the {self._meter.limit_bytes} bytes for batches: raise it to {2 * num_bytes} or more"
+            )
+        self._meter.acquire(num_bytes)
+        if not len(indices):
+            return Batch.padding(seq_len)
+        by_range = number < self.config.range_read_batches
+        if number > 0 or not by_range:
+            self._reader.want(self._wanted(int(indices[0])))
+        rows = [(int(row[0]), int(row[1]), int(row[2])) for row in addresses]
+        batch = Batch.pack(self._reader.sequences(rows, by_range), indices, seq_len)
+        return batch.pinned() if torch.cuda.is_available() else batch
+
+    def _wanted(self, sample_index: int) -> list[tuple[int, int]]:
+        return self.plan.windows_from(sample_index)
+
+    def _offer(self, batch: Batch) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or len(self._ready) < self.config.prefetch_batches)
+        return self._put(batch)
+
+    def _put(self, item: object) -> bool:
+        with self._changed:
+            if self._closed:
+                return False
+            self._ready.append(item)
+            self._changed.notify_all()
+            return True
+
+
+def _check_cache(config: DataConfig, plan: SamplePlan) -> None:
+    needed = sum(
+        min(len(dataset.shards), 2 * config.window_shards) * max(shard.num_bytes for shard in dataset.shards)
+        for dataset in plan.datasets
+    )
+    if config.cache_bytes < needed:
+        raise DataError(
+            f"data.cache_bytes: {config.cache_bytes}: two windows of {config.window_shards} shards take {needed} "
+            "bytes: raise it, or lower data.window_shards"
+        )
+
+
+def sequential_ranges(num_sequences: int, batch_size: int, start: int = 0) -> Iterator[range]:
+    """Sample indices [start, num_sequences) in batches of batch_size, the last one short; for evaluation."""
+    return (range(i, min(i + batch_size, num_sequences)) for i in range(start, num_sequences, batch_size))
