@@ -1,6 +1,6 @@
 """What a rank gets for one micro-step: tokens, targets and document starts as torch tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -41,7 +41,9 @@ class Batch:
         )
 
     @classmethod
-    def pack(cls, sequences: Sequence[shards.Sequence], sample_indices: Sequence[int], seq_len: int) -> Self:
+    def pack(
+        cls, sequences: Sequence[shards.Sequence], sample_indices: Sequence[int] | np.ndarray, seq_len: int
+    ) -> Self:
         """The batch of these sequences."""
         num = len(sequences)
         tokens, targets = np.empty((num, seq_len), np.int64), np.empty((num, seq_len), np.int64)
@@ -53,20 +55,20 @@ class Batch:
             targets[row, sequence.num_targets :] = IGNORED_TARGET
             starts[row, sequence.starts] = True
             num_targets += sequence.num_targets
-        columns = (torch.from_numpy(array) for array in (tokens, targets, starts))
-        return cls(*columns, tuple(int(index) for index in sample_indices), num_targets)
+        tensors = [torch.from_numpy(array) for array in (tokens, targets, starts)]
+        return cls(tensors[0], tensors[1], tensors[2], tuple(int(index) for index in sample_indices), num_targets)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on another device."""
-        columns = (
-            column.to(device, non_blocking=non_blocking) for column in (self.tokens, self.targets, self.document_starts)
-        )
-        return Batch(*columns, self.sample_indices, self.num_targets)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pinned(self) -> "Batch":
         """The batch in page-locked memory, from which copies to a GPU run beside its work."""
-        columns = (column.pin_memory() for column in (self.tokens, self.targets, self.document_starts))
-        return Batch(*columns, self.sample_indices, self.num_targets)
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        tokens, targets, starts = change(self.tokens), change(self.targets), change(self.document_starts)
+        return Batch(tokens, targets, starts, self.sample_indices, self.num_targets)
 
     @property
     def num_bytes(self) -> int:

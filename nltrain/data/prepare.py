@@ -90,18 +90,18 @@ def prepare(
 
     Raises DataError when another dataset lies at the store's prefix, or a name occurs twice.
     """
-    documents = [Document(*document) for document in documents]
-    repeated = [name for name, count in Counter(name for name, _ in documents).items() if count > 1]
+    corpus = [Document(*document) for document in documents]
+    repeated = [name for name, count in Counter(name for name, _ in corpus).items() if count > 1]
     if repeated:
         raise DataError(f"documents: name {repeated[0]!r} occurs more than once: give each document its own name")
     content = hashlib.sha256()
-    for name, text in documents:
+    for name, text in corpus:
         content.update(f"{len(name)} {len(text)} {name}{text}".encode("utf-8", errors="surrogatepass"))
     work = work_key(config, tokenizer, content.hexdigest())
     finished = finished_manifest(store, work)
     if finished is not None:
         return finished
-    result = prepare_group(0, documents, store, tokenizer, config, progress=progress)
+    result = prepare_group(0, corpus, store, tokenizer, config, progress=progress)
     return write_manifest(store, tokenizer, config, work, [result])
 
 

@@ -230,7 +230,7 @@ class MemberView:
     def is_intact(self) -> bool:
         """Whether both entries have the checksums of the index."""
         return all(
-            zlib.crc32(data) == entry.crc32
+            zlib.crc32(data.data) == entry.crc32
             for data, entry in ((self.starts, self.member.starts), (self.tokens, self.member.tokens))
         )
 
