@@ -39,7 +39,7 @@ class ModelConfig:
     rule: MemoryRule = field(default_factory=MemoryRule)
     """How the memories write themselves (families with memories)."""
     levels: tuple[str, ...] = ("fast", "mid", "slow")
-    """Names of the CMS levels, fast to slow. A single level is an ordinary feed-forward layer and no level of its own."""
+    """Names of the CMS levels, fast to slow. A single one is an ordinary feed-forward layer and belongs to base."""
     cms_variant: str = "chain"
     """"chain": level after level (Eq. 70). "independent": a learned weighted sum of parallel levels (Eq. 74)."""
     cms_hidden: int | None = None

@@ -92,7 +92,7 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """tokens_BT with num_new_tokens sampled ones appended, the memories writing as they go. temperature 0: greedy."""
+        """tokens_BT and num_new_tokens sampled ones, the memories writing as they go; temperature 0 is greedy."""
         logits, state = self(tokens_BT)
         out = [tokens_BT]
         for i in range(num_new_tokens):

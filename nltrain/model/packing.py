@@ -41,7 +41,7 @@ class Packing:
         return self.positions[:, -1] + 1
 
     def taps_seen(self, num_taps: int, dtype: torch.dtype) -> Tensor | None:
-        """[B, T, num_taps] whether the token 1, 2, ... before belongs to the same document; None if zeros stand there."""
+        """[B, T, num_taps] whether the token 1, 2, ... before is of the same document; None if zeros stand there."""
         if self.starts is None and not self.streamed:
             return None
         taps = torch.arange(1, num_taps + 1, device=self.positions.device)

@@ -20,7 +20,7 @@ SIZES = {
 
 # Titans: projections are static, one memory, plain gradient descent with momentum towards v itself.
 TITANS = MemoryRule(adaptive=(), target="value", lambda_d=0.0, momentum=True)
-# Gated delta rule: S <- S (alpha I - eta k k^T) + eta v k^T, exact at any chunk length, starting from zero-mean weights.
+# Gated delta rule: S <- S (alpha I - eta k k^T) + eta v k^T, exact at any chunk length, from small weights.
 MATRIX = MemoryRule(memory="matrix", adaptive=(), target="value", objective="dot", residual=False, eta_max=1.0)
 
 
@@ -32,8 +32,13 @@ def preset(family: str, name: str) -> ModelConfig:
         raise ModelConfigError(f"preset family {family!r}: choose one of {', '.join(FAMILIES)}")
     vocab_size, width, num_layers, head_dim, hidden = SIZES[name]
     config = ModelConfig(
-        family=family, vocab_size=vocab_size, width=width, num_layers=num_layers, head_dim=head_dim, memory_hidden=hidden
-    )  # fmt: skip
+        family=family,
+        vocab_size=vocab_size,
+        width=width,
+        num_layers=num_layers,
+        head_dim=head_dim,
+        memory_hidden=hidden,
+    )
     if family == "titans":
         return replace(config, rule=TITANS, levels=("ffn",))
     if family == "matrix":
