@@ -1,0 +1,70 @@
+"""The token clock: which level is due when, in pure integers.
+
+A level of period C and phase p has made floor((T + p) / C) ticks when T tokens were consumed, T a multiple of the
+quantum: for every cut of a quantum into micro-steps, every world size and every restart. An overshoot over the period
+is carried into the next window, never lost. No clock state exists beside T: a resumed run cannot disagree with an
+uninterrupted one.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nltrain.levels.config import LevelsError
+
+
+@dataclass(frozen=True)
+class TokenClock:
+    """Ticks of one level. All quantities in tokens."""
+
+    period: int
+    phase: int = 0
+
+    def __post_init__(self) -> None:
+        if self.period < 1 or not 0 <= self.phase < self.period:
+            raise LevelsError(f"TokenClock(period={self.period}, phase={self.phase}): needs 0 <= phase < period")
+
+    def ticks(self, tokens: int) -> int:
+        """Ticks made by T = `tokens`."""
+        return (tokens + self.phase) // self.period
+
+    def due(self, before: int, after: int) -> bool:
+        """Whether the level ticks at the end of the quantum that takes T from `before` to `after`."""
+        return self.ticks(after) > self.ticks(before)
+
+    def last_tick(self, tokens: int, quantum: int) -> int:
+        """T of the last tick at or before `tokens`, 0 before the first: the multiple of the quantum that reached it."""
+        count = self.ticks(tokens)
+        if count == 0:
+            return 0
+        return -(-(count * self.period - self.phase) // quantum) * quantum
+
+    def window(self, tokens: int, quantum: int) -> int:
+        """Tokens consumed since the last tick."""
+        return tokens - self.last_tick(tokens, quantum)
+
+
+def staggered_phases(periods: Sequence[int], phases: Sequence[int | None], quantum: int) -> tuple[int, ...]:
+    """Phases in tokens: those given are kept, a None is chosen so that no two slow levels tick in one quantum.
+
+    A level that is due every quantum (period < 2 quanta) collides with all and is left at 0. Levels are placed fastest
+    first, each at the smallest shift with the fewest coincidences with those placed; where the periods have no common
+    divisor some coincidences cannot be avoided.
+    """
+    horizon = 4096  # quanta looked at: more than the least common multiple of any sensible set of periods
+    taken: set[int] = set()
+    result = [0 if phase is None else phase for phase in phases]
+
+    def ticks(period: int, phase: int) -> set[int]:
+        last = -(-horizon * quantum // period)
+        return {-(-(k * period - phase) // quantum) for k in range(1, last + 1)}
+
+    slow = [i for i, period in enumerate(periods) if period >= 2 * quantum]
+    for i in slow:
+        if phases[i] is not None:
+            taken |= ticks(periods[i], result[i])
+    for i in sorted((i for i in slow if phases[i] is None), key=lambda i: periods[i]):
+        candidates = range(0, min(periods[i], 128 * quantum), quantum)
+        coincidences = {phase: len(ticks(periods[i], phase) & taken) for phase in candidates}
+        result[i] = min(candidates, key=lambda phase: (coincidences[phase], phase))
+        taken |= ticks(periods[i], result[i])
+    return tuple(result)

@@ -1,0 +1,242 @@
+"""Configuration of levels: who steps when, with which optimizer, on which ZeRO stage.
+
+Frozen dataclasses, validated on construction; an error names field, value and remedy. Every period and every schedule
+is counted in global training tokens T, never in optimizer steps, so that world size, micro-batch and accumulation are a
+machine's business. Imports neither deepspeed nor torch.
+"""
+
+import math
+from dataclasses import dataclass, field, replace
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("constant", "linear", "cosine", "wsd")
+
+
+class LevelsError(ValueError):
+    """A level configuration or plan that cannot be honoured; the message names the field, the value and the remedy."""
+
+
+def _require(condition: bool, where: str, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise LevelsError(f"{where}.{name} = {value!r}: {remedy}")
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning-rate factor as a function of T (tokens), the same for all levels: slow ones warm up with the others."""
+
+    kind: str = "constant"
+    """constant | linear | cosine | wsd (warm-up, stable, linear decay); shape after the warm-up"""
+    warmup_tokens: int = 0
+    """tokens over which the factor rises linearly from 0 to 1"""
+    total_tokens: int = 0
+    """tokens at which the factor reaches min_lr_fraction; unused by constant"""
+    min_lr_fraction: float = 0.0
+    """factor at and after total_tokens, in [0, 1]"""
+    decay_fraction: float = 0.2
+    """wsd only: the last part of total_tokens over which the factor decays, in (0, 1]"""
+
+    def __post_init__(self) -> None:
+        where = "ScheduleConfig"
+        _require(self.kind in SCHEDULES, where, "kind", self.kind, f"choose one of {', '.join(SCHEDULES)}")
+        _require(self.warmup_tokens >= 0, where, "warmup_tokens", self.warmup_tokens, "must be >= 0")
+        _require(0 <= self.min_lr_fraction <= 1, where, "min_lr_fraction", self.min_lr_fraction, "must be in [0, 1]")
+        _require(0 < self.decay_fraction <= 1, where, "decay_fraction", self.decay_fraction, "must be in (0, 1]")
+        if self.kind != "constant":
+            _require(
+                self.total_tokens > self.warmup_tokens,
+                where,
+                "total_tokens",
+                self.total_tokens,
+                f"{self.kind} needs more than warmup_tokens = {self.warmup_tokens}",
+            )
+
+    def factor(self, tokens: int) -> float:
+        """Multiplier of every level's lr for an update made at T = `tokens`."""
+        if tokens < self.warmup_tokens:
+            return tokens / self.warmup_tokens
+        if self.kind == "constant":
+            return 1.0
+        start = self.warmup_tokens
+        if self.kind == "wsd":
+            start = max(start, round(self.total_tokens * (1 - self.decay_fraction)))
+        progress = min(1.0, max(0.0, (tokens - start) / max(1, self.total_tokens - start)))
+        shape = 0.5 * (1 + math.cos(math.pi * progress)) if self.kind == "cosine" else 1.0 - progress
+        return self.min_lr_fraction + (1 - self.min_lr_fraction) * shape
+
+
+@dataclass(frozen=True)
+class LevelConfig:
+    """One level: a named set of parameters with one clock, one optimizer, one clip norm and one ZeRO stage."""
+
+    name: str
+    """unique among the levels; names the level in logs, metrics and checkpoints"""
+    parameters: tuple[str, ...]
+    """fnmatch patterns over named_parameters(), or ("rest",) for everything no other level matches"""
+    period_tokens: int
+    """tokens between two updates (ticks), >= the quantum"""
+    phase_tokens: int | None = None
+    """tick when floor((T + phase) / period) grows; None staggers slow levels so that their ticks do not coincide"""
+    optimizer: str = "adamw"
+    """adamw | sgd"""
+    lr: float = 1e-3
+    """learning rate per tick before the schedule's factor, >= 0; 0 keeps the level where it is, its moments go on"""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """adamw only: decay of the two moments per tick"""
+    eps: float = 1e-8
+    """adamw only: added to the root of the second moment"""
+    momentum: float = 0.0
+    """sgd only: momentum per tick, in [0, 1)"""
+    weight_decay: float = 0.0
+    """decoupled, per base period: a tick multiplies weights by (1 - lr weight_decay)^(window tokens / base period)"""
+    clip_norm: float | None = 1.0
+    """clips the level's mean gradient over the window to this norm; None does not clip"""
+    zero_stage: int = 1
+    """1: sums locally, reduces at the tick; 2: reduces every micro-step into shards; 3: also shards the weights"""
+    offload: bool = False
+    """masters and optimizer state sleep in host memory between ticks: saves 12 bytes per parameter / world size"""
+    frozen: bool = False
+    """never updated; its weights are still sharded, saved and exported"""
+    max_relative_change: float | None = None
+    """caps ||dW|| / ||W|| of one tick over the level; None does not cap"""
+
+    def __post_init__(self) -> None:
+        where = f"LevelConfig({self.name!r})"
+        object.__setattr__(
+            self, "parameters", (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
+        )
+        object.__setattr__(self, "betas", tuple(self.betas))
+        need = lambda ok, name, remedy: _require(ok, where, name, getattr(self, name), remedy)  # noqa: E731
+        need(bool(self.name) and "/" not in self.name, "name", "must be a non-empty string without '/'")
+        need(bool(self.parameters), "parameters", 'give at least one pattern, or ("rest",)')
+        need(self.parameters == ("rest",) or "rest" not in self.parameters, "parameters", '"rest" must stand alone')
+        need(self.period_tokens >= 1, "period_tokens", "must be >= 1")
+        need(
+            self.phase_tokens is None or 0 <= self.phase_tokens < self.period_tokens,
+            "phase_tokens",
+            f"must be None or in [0, period_tokens = {self.period_tokens})",
+        )
+        need(self.optimizer in OPTIMIZERS, "optimizer", f"choose one of {', '.join(OPTIMIZERS)}")
+        need(self.lr >= 0 and math.isfinite(self.lr), "lr", "must be finite and >= 0")
+        need(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")
+        need(self.eps > 0, "eps", "must be > 0")
+        need(0 <= self.momentum < 1, "momentum", "must be in [0, 1)")
+        need(self.weight_decay >= 0 and self.lr * self.weight_decay < 1, "weight_decay", "must be >= 0 and lr * it < 1")
+        need(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be > 0, or None for no clipping")
+        need(
+            self.zero_stage in (1, 2, 3),
+            "zero_stage",
+            "choose 1, 2 or 3 (stage 0 reduces whole modules and cannot skip a level that is not due)",
+        )
+        need(
+            self.max_relative_change is None or self.max_relative_change > 0,
+            "max_relative_change",
+            "must be > 0, or None for no cap",
+        )
+        need(
+            not (self.offload and self.optimizer == "sgd" and self.momentum == 0),
+            "offload",
+            "sgd without momentum keeps no optimizer state: give it momentum, use adamw, or offload=False",
+        )
+
+
+@dataclass(frozen=True)
+class LevelsConfig:
+    """All levels of a run and what they share."""
+
+    levels: tuple[LevelConfig, ...]
+    """in tick order; the fastest is usually called base and takes the rest"""
+    quantum_tokens: int | None = None
+    """tokens between possible ticks (the global batch), a multiple of seq_len; None: the smallest period"""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """learning-rate factor over T"""
+    dtype: str = "fp32"
+    """fp32 | bf16: what the model computes in; masters, moments and accumulated gradients are fp32 always"""
+    reduce_dtype: str = "fp32"
+    """fp32 | bf16: what gradients are in when they cross the network; bf16 halves those bytes"""
+    fold_every_tokens: int | None = None
+    """tokens between reductions of local gradient sums into shards: a save there is exact at any world size"""
+    lr_period_exponent: float = 0.0
+    """x: a level's lr is multiplied by (period / base period)^x; 1 was clearly too hot, 0 to 0.5 not told apart"""
+    max_lr: float | None = None
+    """cap on every level's lr after that scaling; None does not cap"""
+    beta_period_exponent: float = 0.0
+    """y: a level's betas become beta^((period / base period)^y)"""
+    spike_sigma: float | None = 6.0
+    """leaves out a micro-step whose mean loss is so many deviations above the last 128; None: only non-finite"""
+    max_consecutive_skips: int = 16
+    """so many micro-steps or ticks of a level left out in a row stop the run"""
+    bucket_elements: int = 2**25
+    """elements per flattened group: one collective each; smaller overlaps more, larger has less latency"""
+    prefetch_elements: int = 50_000_000
+    """ZeRO-3: weights gathered ahead of their use, at most so many; what fits stays gathered until backward; 0: none"""
+    measure_changes: bool = True
+    """logs ||dW||/||W|| and drift ||W - W_0||/||W_0|| per tick; costs 4 bytes per parameter / world size for W_0"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        need = lambda ok, name, remedy: _require(ok, "LevelsConfig", name, getattr(self, name), remedy)  # noqa: E731
+        if not self.levels:
+            raise LevelsError("LevelsConfig.levels is empty: give at least one LevelConfig")
+        names = [level.name for level in self.levels]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise LevelsError(f"LevelsConfig.levels has two levels of one name: {', '.join(twice)}; rename one")
+        rest = [level.name for level in self.levels if level.parameters == ("rest",)]
+        if len(rest) > 1:
+            raise LevelsError(f'LevelsConfig.levels: {", ".join(rest)} all take ("rest",); at most one level may')
+        need(self.dtype in ("fp32", "bf16"), "dtype", "choose fp32 or bf16")
+        need(self.reduce_dtype in ("fp32", "bf16"), "reduce_dtype", "choose fp32 or bf16")
+        need(self.quantum_tokens is None or self.quantum_tokens > 0, "quantum_tokens", "must be > 0 or None")
+        need(self.max_consecutive_skips >= 1, "max_consecutive_skips", "must be >= 1")
+        need(self.spike_sigma is None or self.spike_sigma > 0, "spike_sigma", "must be > 0 or None")
+        need(self.bucket_elements >= 1, "bucket_elements", "must be >= 1")
+        need(self.max_lr is None or self.max_lr > 0, "max_lr", "must be > 0 or None")
+        for level in self.levels:
+            if level.period_tokens < self.quantum:
+                raise LevelsError(
+                    f"LevelConfig({level.name!r}).period_tokens = {level.period_tokens} is below the quantum of "
+                    f"{self.quantum} tokens: a level ticks once per quantum at most; raise it or lower quantum_tokens"
+                )
+        if self.fold_every_tokens is not None and self.fold_every_tokens < self.quantum:
+            raise LevelsError(
+                f"LevelsConfig.fold_every_tokens = {self.fold_every_tokens}: must be at least the quantum of "
+                f"{self.quantum} tokens"
+            )
+
+    @property
+    def quantum(self) -> int:
+        """Tokens of one quantum."""
+        return self.quantum_tokens or min(level.period_tokens for level in self.levels)
+
+    @property
+    def base_period_tokens(self) -> int:
+        """The shortest period: what lr, beta and weight-decay scaling are relative to."""
+        return min(level.period_tokens for level in self.levels)
+
+    def check_sequences(self, seq_len: int, max_world_size: int) -> int:
+        """Sequences of `seq_len` tokens per quantum; refuses a quantum that cannot feed `max_world_size` ranks."""
+        if self.quantum % seq_len:
+            lower = max(1, self.quantum // seq_len) * seq_len
+            raise LevelsError(
+                f"LevelsConfig.quantum_tokens = {self.quantum} is not a whole number of sequences of {seq_len} tokens; "
+                f"use {lower} or {lower + seq_len}"
+            )
+        num_sequences = self.quantum // seq_len
+        if num_sequences < max_world_size:
+            raise LevelsError(
+                f"LevelsConfig.quantum_tokens = {self.quantum} holds {num_sequences} sequences of {seq_len} tokens, "
+                f"fewer than {max_world_size} ranks: raise it to at least {max_world_size * seq_len}"
+            )
+        return num_sequences
+
+    def resolved(self) -> tuple[LevelConfig, ...]:
+        """Levels with lr and betas scaled by their period: the numbers that a run really uses, to be logged."""
+        levels = []
+        for level in self.levels:
+            ratio = level.period_tokens / self.base_period_tokens
+            lr = level.lr * ratio**self.lr_period_exponent
+            lr = lr if self.max_lr is None else min(lr, self.max_lr)
+            betas = tuple(beta ** (ratio**self.beta_period_exponent) for beta in level.betas)
+            levels.append(replace(level, lr=lr, betas=betas))
+        return tuple(levels)

@@ -1,0 +1,108 @@
+"""Which parameter belongs to which level: complete and disjoint, or an error that names the parameter.
+
+Works on any nn.Module. Tied weights are one parameter: all its names count for matching, the first one names it. A
+module that holds parameters directly belongs to one level, because a ZeRO engine gathers whole modules; at ZeRO-3
+such a module may not contain another level's modules either.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from nltrain.levels.config import LevelConfig, LevelsError
+
+
+@dataclass(frozen=True)
+class LevelPart:
+    """The parameters of one level, in model order, and the largest modules that hold nothing but them."""
+
+    config: LevelConfig
+    parameters: tuple[tuple[str, nn.Parameter], ...]
+    modules: tuple[nn.Module, ...]
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for _, parameter in self.parameters)
+
+
+def plan_levels(model: nn.Module, levels: Sequence[LevelConfig]) -> tuple[LevelPart, ...]:
+    """Splits the trainable parameters of `model` into `levels`; raises LevelsError naming what does not fit."""
+    names: dict[int, list[str]] = {}
+    parameters: dict[int, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), []).append(name)
+            parameters[id(parameter)] = parameter
+
+    level_of: dict[int, str] = {}
+    rest = next((level.name for level in levels if level.parameters == ("rest",)), None)
+    for level in levels:
+        if level.name == rest:
+            continue
+        for pattern in level.parameters:
+            matched = [key for key, aliases in names.items() if any(fnmatchcase(a, pattern) for a in aliases)]
+            if not matched:
+                raise LevelsError(
+                    f"level {level.name!r}: pattern {pattern!r} matches no trainable parameter of the model"
+                )
+            for key in matched:
+                other = level_of.setdefault(key, level.name)
+                if other != level.name:
+                    raise LevelsError(
+                        f"parameter {names[key][0]} (names: {', '.join(names[key])}) is in two levels, {other!r} "
+                        f"and {level.name!r}: narrow one of their patterns"
+                    )
+    unmatched = [aliases[0] for key, aliases in names.items() if key not in level_of]
+    if unmatched and rest is None:
+        raise LevelsError(
+            f"{len(unmatched)} parameters are in no level, the first is {unmatched[0]}: "
+            'add a pattern for them or give one level parameters=("rest",)'
+        )
+    for key in names:
+        level_of.setdefault(key, rest or "")
+    if rest is not None and not unmatched:
+        raise LevelsError(f'level {rest!r} takes ("rest",) but every parameter is matched by another level: remove it')
+
+    _check_modules(model, levels, level_of)
+    parts = []
+    for level in levels:
+        own = tuple((names[key][0], parameters[key]) for key in names if level_of[key] == level.name)
+        parts.append(LevelPart(level, own, tuple(_largest_modules(model, level.name, level_of))))
+    return tuple(parts)
+
+
+def _levels_inside(module: nn.Module, level_of: dict[int, str], recurse: bool) -> dict[str, str]:
+    """{level name: first parameter of it} among the trainable parameters of `module`."""
+    found: dict[str, str] = {}
+    for name, parameter in module.named_parameters(recurse=recurse):
+        if id(parameter) in level_of:
+            found.setdefault(level_of[id(parameter)], name)
+    return found
+
+
+def _check_modules(model: nn.Module, levels: Sequence[LevelConfig], level_of: dict[int, str]) -> None:
+    stage = {level.name: level.zero_stage for level in levels}
+    for path, module in model.named_modules():
+        direct = _levels_inside(module, level_of, recurse=False)
+        where = f"module {path or '(the model itself)'} ({type(module).__name__})"
+        if len(direct) > 1:
+            (a, first), (b, second) = list(direct.items())[:2]
+            raise LevelsError(
+                f"{where} holds parameters of two levels, {first} of {a!r} and {second} of {b!r}: "
+                "put one of them into a module of its own"
+            )
+        for level, name in direct.items():
+            others = [other for other in _levels_inside(module, level_of, recurse=True) if other != level]
+            if stage[level] == 3 and others:
+                raise LevelsError(
+                    f"{where} holds {name} of level {level!r} at ZeRO-3 and modules of level {others[0]!r}: "
+                    f"put {name} into a module of its own, or use zero_stage 1 or 2 for {level!r}"
+                )
+
+
+def _largest_modules(model: nn.Module, level: str, level_of: dict[int, str]) -> list[nn.Module]:
+    if set(_levels_inside(model, level_of, recurse=True)) == {level}:
+        return [model]
+    return [module for child in model.children() for module in _largest_modules(child, level, level_of)]

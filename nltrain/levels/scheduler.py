@@ -1,0 +1,335 @@
+"""LevelScheduler: one backward, every level accumulates, due levels tick on the token clock.
+
+    scheduler.start_micro_step()
+    loss_sum = model.loss(...)                       # sum over real targets on this rank
+    scheduler.backward(loss_sum, num_targets)
+    ...                                              # the other micro-steps of the quantum
+    ticks = scheduler.finish_quantum()               # T += quantum
+
+Guarantees: equal to dense training with one plain optimizer per level fed with the mean gradient per target of its
+window, for every world size, cut into micro-steps and mix of ZeRO stages, up to the order of summation. Every level
+ticks exactly floor((T + phase) / period) times by T; `done + skipped == due` always. Limits: fp32 and bf16; AdamW
+and SGD.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nltrain.fragment import Fragment
+from nltrain.levels.clock import TokenClock, staggered_phases
+from nltrain.levels.config import LevelsConfig, LevelsError
+from nltrain.levels.engine import LevelEngine, init_deepspeed
+from nltrain.levels.guard import LossGuard, MicroStep
+from nltrain.levels.ledger import STATE, Ledger
+from nltrain.levels.plan import plan_levels
+from nltrain.levels.window import LocalWindow
+
+
+class TrainingStopped(RuntimeError):
+    """Too many micro-steps or ticks in a row were left out. The message says what to look at."""
+
+
+@dataclass(frozen=True)
+class Tick:
+    """One update of one level, or the update that was left out."""
+
+    name: str
+    tokens: int
+    """T at the end of the quantum"""
+    window_tokens: int
+    """tokens since the level's last tick, those of micro-steps that were left out included"""
+    updates: int
+    """updates done so far, this one included"""
+    lr: float
+    grad_norm: float
+    """of the level's mean gradient over the window, before the clip"""
+    update_ratio: float
+    """||dW|| / ||W||; nan when not measured"""
+    drift: float
+    """||W - W_0|| / ||W_0||; nan when not measured"""
+    skipped: str
+    """why the update was left out; empty when it was made"""
+    seconds: float
+    num_bytes: float
+    """payload that one rank sent for this level since its last tick, folds not included"""
+
+
+@dataclass
+class _LevelState:
+    targets: Tensor  # real targets in the window, float64 on the device
+    last_tick_tokens: int = 0
+    done: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    bytes_at_tick: float = 0.0
+
+    @property
+    def due(self) -> int:
+        return self.done + self.skipped
+
+
+class LevelScheduler:
+    """All levels of one model. Construct on every rank after torch.distributed is initialised; `close` when done."""
+
+    def __init__(self, model: nn.Module, config: LevelsConfig, seq_len: int, device: torch.device | str | None = None):
+        self.device = torch.device(device if device is not None else next(model.parameters()).device)
+        init_deepspeed(self.device)
+        self.config, self.model = config, model
+        self.num_sequences = config.check_sequences(seq_len, dist.get_world_size())
+        levels = config.resolved()
+        self.tokens = 0
+        self.ledger = Ledger()
+        parts = plan_levels(model, levels)
+        self._broadcast(parts)
+        phases = staggered_phases(
+            [level.period_tokens for level in levels], [level.phase_tokens for level in levels], config.quantum
+        )
+        self.clocks = {
+            level.name: TokenClock(level.period_tokens, phase) for level, phase in zip(levels, phases, strict=True)
+        }
+        self.engines = {part.config.name: LevelEngine(part, config, self.device, self.ledger) for part in parts}
+        self._levels = {
+            name: _LevelState(torch.zeros((), dtype=torch.float64, device=self.device)) for name in self.engines
+        }
+        self.guard = LossGuard(config.spike_sigma, self.device, self.ledger)
+        self._micro_steps_open = False
+        self.micro_steps = 0
+
+    def _broadcast(self, parts: Sequence[Any]) -> None:
+        """Every rank starts from rank 0's weights, whatever seed it built the model with."""
+        with self.ledger.row("-", STATE):
+            for part in parts:
+                for _, parameter in part.parameters:
+                    dist.broadcast(parameter.data, src=0)
+
+    def start_micro_step(self) -> None:
+        """Before every forward whose loss goes into `backward`."""
+        for engine in self.engines.values():
+            engine.before_forward()
+
+    def backward(self, loss_sum: Tensor, num_targets: int | Tensor) -> MicroStep:
+        """One backward into all windows. `loss_sum`: sum over this rank's real targets, `num_targets` their count.
+
+        Every rank calls it once per micro-step, with num_targets 0 where it had no sequence. No host sync: the returned
+        global sums and verdict are tensors on the device.
+        """
+        micro_step = self.guard.judge(loss_sum, num_targets)
+        for engine in self.engines.values():
+            engine.before_backward(micro_step.admitted)
+        loss_sum.backward()
+        for engine in self.engines.values():
+            engine.after_backward()
+        counted = torch.where(micro_step.admitted, micro_step.num_targets, 0.0)
+        for state in self._levels.values():
+            state.targets += counted
+        self.micro_steps += 1
+        return micro_step
+
+    def finish_quantum(self) -> list[Tick]:
+        """T += quantum; ticks the due levels in the order of the config; folds when the fold clock says so."""
+        before, self.tokens = self.tokens, self.tokens + self.config.quantum
+        ticks = [self._tick(name) for name in self.engines if self._due(name, before, self.tokens)]
+        self._stop_if_stuck()
+        every = self.config.fold_every_tokens
+        if every is not None and TokenClock(every).due(before, self.tokens):
+            self.fold()
+        for name, engine in self.engines.items():
+            if self._due(name, self.tokens, self.tokens + self.config.quantum):
+                engine.prefetch()
+        return ticks
+
+    def _due(self, name: str, before: int, after: int) -> bool:
+        return not self.engines[name].config.frozen and self.clocks[name].due(before, after)
+
+    def _tick(self, name: str) -> Tick:
+        engine, state = self.engines[name], self._levels[name]
+        window_tokens = self.tokens - state.last_tick_tokens
+        lr = engine.config.lr * self.config.schedule.factor(self.tokens)
+        decay = (1 - lr * engine.config.weight_decay) ** (window_tokens / self.config.base_period_tokens)
+        step = engine.step(lr, decay, state.targets)
+        if step.skipped:
+            state.skipped += 1
+            state.skipped_in_a_row += 1
+        else:
+            state.done += 1
+            state.skipped_in_a_row = 0
+        state.last_tick_tokens = self.tokens
+        state.targets.zero_()
+        sent = self.ledger.payload(name)
+        tick = Tick(
+            name=name,
+            tokens=self.tokens,
+            window_tokens=window_tokens,
+            updates=state.done,
+            lr=lr,
+            grad_norm=step.grad_norm,
+            update_ratio=step.update_ratio,
+            drift=step.drift,
+            skipped=step.skipped,
+            seconds=step.seconds,
+            num_bytes=sent - state.bytes_at_tick,
+        )
+        state.bytes_at_tick = sent
+        return tick
+
+    def _stop_if_stuck(self) -> None:
+        limit = self.config.max_consecutive_skips
+        _, in_a_row = self.guard.host_state()
+        if in_a_row >= limit:
+            raise TrainingStopped(
+                f"{in_a_row} micro-steps in a row had a non-finite or spiking loss by T = {self.tokens} tokens "
+                f"(max_consecutive_skips = {limit}): look at the data there, lower lr, or resume from earlier"
+            )
+        for name, state in self._levels.items():
+            if state.skipped_in_a_row >= limit:
+                raise TrainingStopped(
+                    f"level {name!r} left out {state.skipped_in_a_row} ticks in a row by T = {self.tokens} tokens "
+                    f"(max_consecutive_skips = {limit}): its gradients are not finite; lower lr or resume from "
+                    "earlier"
+                )
+
+    def fold(self) -> None:
+        """Reduces local sums into shards now. Changes the order of summation: only on the fold clock."""
+        for engine in self.engines.values():
+            if engine.window is not None:
+                engine.window.fold()
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """{level: {done, skipped, due}}; done + skipped == due."""
+        return {
+            name: {"done": state.done, "skipped": state.skipped, "due": state.due}
+            for name, state in self._levels.items()
+        }
+
+    @property
+    def skipped_micro_steps(self) -> int:
+        """Micro-steps left out so far. A host sync."""
+        return self.guard.host_state()[0]
+
+    def fragments(self) -> dict[str, Fragment]:
+        """This rank's slices of masters ("NAME.master"), moments, W_0 ("NAME.initial"), open windows ("NAME.window").
+
+        Views of the live tensors, or of host memory where a level sleeps; to load, call `prepare_to_load`, fill them in
+        place, then `load`. Names do not depend on levels, ZeRO stages or the world size.
+        """
+        found: dict[str, Fragment] = {}
+        for name, engine in self.engines.items():
+            found.update(engine.fragments(with_window=self._has_window(name)))
+        return found
+
+    def _has_window(self, name: str) -> bool:
+        """Whether reduced sums of an unfinished window exist; equal on all ranks."""
+        window = self.engines[name].window
+        if window is None:
+            return False
+        if isinstance(window, LocalWindow):
+            return window.has_folded
+        return self.tokens > self._levels[name].last_tick_tokens
+
+    def _has_local(self, name: str) -> bool:
+        window = self.engines[name].window
+        return isinstance(window, LocalWindow) and window.has_local
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able and equal on all ranks: T, clocks, counters, optimizer step counts. A host sync."""
+        levels = {}
+        for name, engine in self.engines.items():
+            state, clock = self._levels[name], self.clocks[name]
+            levels[name] = {
+                "period_tokens": clock.period,
+                "phase_tokens": clock.phase,
+                "last_tick_tokens": state.last_tick_tokens,
+                "window_targets": int(state.targets.item()),
+                "optimizer_steps": engine.optimizer_steps,
+                "done": state.done,
+                "skipped": state.skipped,
+                "skipped_in_a_row": state.skipped_in_a_row,
+                "reduced_window": self._has_window(name),
+                "local_window": self._has_local(name),
+            }
+        return {
+            "tokens": self.tokens,
+            "quantum_tokens": self.config.quantum,
+            "micro_steps": self.micro_steps,
+            "levels": levels,
+            "guard": self.guard.state_dict(),
+        }
+
+    def rank_state(self) -> dict[str, Tensor]:
+        """This rank's unreduced sums {parameter: flat fp32}; empty right after a fold and where no level is local."""
+        found = {}
+        for engine in self.engines.values():
+            window = engine.window
+            if isinstance(window, LocalWindow) and window.has_local:
+                for group, names in enumerate(engine.group_names):
+                    for index, parameter in enumerate(names):
+                        found[parameter] = window.local_sum(group, index)
+        return found
+
+    def prepare_to_load(self, state: dict[str, Any]) -> None:
+        """Before the fragments are filled: makes `fragments()` list what was saved with `state`."""
+        saved, own = state["levels"], set(self.engines)
+        if set(saved) != own:
+            raise LevelsError(
+                f"the saved state has levels {sorted(saved)}, this run has {sorted(own)}: give them the same names"
+            )
+        if state["tokens"] % self.config.quantum:
+            raise LevelsError(
+                f"the saved T = {state['tokens']} is not a multiple of quantum_tokens = {self.config.quantum}: "
+                f"resume with the saved quantum of {state['quantum_tokens']}"
+            )
+        self.tokens, self.micro_steps = state["tokens"], state["micro_steps"]
+        for name, engine in self.engines.items():
+            level = saved[name]
+            self._levels[name].last_tick_tokens = level["last_tick_tokens"]
+            if engine.window is not None:
+                engine.window.clear()
+                if isinstance(engine.window, LocalWindow):
+                    engine.window.has_folded = level["reduced_window"]
+
+    def load(self, state: dict[str, Any], rank_states: Sequence[dict[str, Tensor]] = ()) -> None:
+        """After the fragments were filled: restores counters and refreshes the forward weights. A collective.
+
+        `rank_states`: what `rank_state()` gave on the saved ranks that this rank takes over; at the same world size
+        its own one, otherwise any split of all of them over the ranks. Sums are added up, so the split does not matter.
+        """
+        for name, engine in self.engines.items():
+            level, own = state["levels"][name], self._levels[name]
+            own.targets.fill_(level["window_targets"])
+            own.done, own.skipped = level["done"], level["skipped"]
+            own.skipped_in_a_row = level["skipped_in_a_row"]
+            engine.optimizer_steps = level["optimizer_steps"]
+            engine.refresh_forward_weights()
+            if level["local_window"] and engine.window is not None:
+                for group, names in enumerate(engine.group_names):
+                    for index, parameter in enumerate(names):
+                        for saved in rank_states:
+                            if parameter in saved:
+                                engine.window.add_local(group, index, saved[parameter].to(self.device))
+                engine.window.finish_local()
+        self.guard.load_state_dict(state["guard"])
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, full fp32 weights) on rank 0, (name, empty) elsewhere; a collective: iterate on every rank."""
+        for engine in self.engines.values():
+            yield from engine.weights()
+
+    def describe(self) -> list[dict[str, Any]]:
+        """The resolved numbers of every level, for the log and the run's record."""
+        rows = []
+        for name, engine in self.engines.items():
+            row = asdict(engine.config) | {"phase_tokens": self.clocks[name].phase}
+            rows.append(row | {"num_parameters": engine.num_parameters, "mode": engine.mode})
+        return rows
+
+    def close(self) -> None:
+        """Removes every hook; the model keeps its weights (ZeRO-3: partitioned)."""
+        for engine in self.engines.values():
+            engine.close()
+        self.ledger.close()

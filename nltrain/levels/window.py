@@ -1,0 +1,199 @@
+"""The accumulated gradient of one level since its last tick: sums over real targets, in fp32.
+
+Takes every gradient off its parameter as autograd finishes it, before anything else sees it; a micro-step that the
+guard left out contributes exact zeros (selected, not multiplied: 0 x NaN is NaN). `LocalWindow` keeps this rank's
+sums whole and reduces them at the tick or at a fold; `ShardedWindow` reduce-scatters every micro-step and keeps 1/N.
+Both are pure torch.distributed and know no deepspeed. Groups are reduced in a fixed order, whatever order autograd
+finishes in, so that the ranks' collectives always match.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nltrain.levels.layout import Layout, add_parameter, read_parameter
+from nltrain.levels.ledger import FOLD, GRADIENTS, Ledger
+
+MAX_REDUCTIONS_IN_FLIGHT = 2  # bounds the memory of pending buffers while they overlap with backward
+
+
+class GradientWindow:
+    """Common part: hooks, the guard's verdict, and the reduced shards, one flat fp32 tensor per group."""
+
+    def __init__(
+        self,
+        name: str,
+        groups: Sequence[Sequence[nn.Parameter]],
+        layouts: Sequence[Layout],
+        reduce_dtype: torch.dtype,
+        device: torch.device,
+        ledger: Ledger,
+    ):
+        self.name, self.layouts, self.device, self.ledger = name, list(layouts), device, ledger
+        self.reduce_dtype = reduce_dtype
+        self.world_size = layouts[0].world_size
+        self.shards = [torch.zeros(layout.shard_numel, dtype=torch.float32, device=device) for layout in layouts]
+        self._admitted = torch.ones((), dtype=torch.bool, device=device)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(partial(self._take, group, index))
+            for group, parameters in enumerate(groups)
+            for index, parameter in enumerate(parameters)
+        ]
+
+    def begin(self, admitted: Tensor) -> None:
+        """Before backward: whether the micro-step counts (bool on the device, equal on all ranks)."""
+        self._admitted = admitted
+
+    def _take(self, group: int, index: int, parameter: nn.Parameter) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is not None:
+            with torch.no_grad():
+                self._accumulate(group, index, torch.where(self._admitted, gradient, 0))
+
+    def _accumulate(self, group: int, index: int, gradient: Tensor) -> None:
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """After backward."""
+
+    def fold(self) -> None:
+        """Moves unreduced sums into the shards."""
+
+    def clear(self) -> None:
+        """Starts the next window."""
+        for shard in self.shards:
+            shard.zero_()
+
+    def reduce(self) -> list[Tensor]:
+        """Sums over all ranks and the whole window, this rank's shard per group; valid until `clear`."""
+        return self.shards
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def add_local(self, group: int, index: int, value: Tensor) -> None:
+        """Adds an unreduced sum of a saved rank to this rank's part of the window; end with `finish_local`."""
+        self._accumulate(group, index, value)
+
+    def finish_local(self) -> None:
+        """After the last `add_local`, on every rank."""
+        self.finish()
+
+    def _scatter(self, buffer: Tensor, layout: Layout, purpose: str) -> tuple[Tensor, dist.Work | None]:
+        """Starts the sum over ranks of `buffer` [world * shard]; the shard is ready when the work is."""
+        if self.world_size == 1:
+            return buffer, None
+        buffer = buffer.to(self.reduce_dtype)
+        shard = torch.empty(layout.shard_numel, dtype=self.reduce_dtype, device=self.device)
+        with self.ledger.row(self.name, purpose):
+            return shard, dist.reduce_scatter_single(shard, buffer, async_op=True)
+
+
+class LocalWindow(GradientWindow):
+    """Sums stay on this rank (4 bytes per parameter) until the tick or a fold: no traffic in between."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.sums = [
+            torch.zeros(layout.world_size * layout.shard_numel, dtype=torch.float32, device=self.device)
+            for layout in self.layouts
+        ]
+        self.has_local = False  # sums hold something; equal on all ranks
+        self.has_folded = False  # shards hold something
+
+    def _accumulate(self, group: int, index: int, gradient: Tensor) -> None:
+        add_parameter(self.layouts[group], self.sums[group], index, gradient)
+
+    def finish(self) -> None:
+        self.has_local = True
+
+    def _reduce_sums(self, purpose: str) -> list[Tensor]:
+        started = [self._scatter(s, layout, purpose) for s, layout in zip(self.sums, self.layouts, strict=True)]
+        for _, work in started:
+            if work is not None:
+                work.wait()
+        return [shard.float() for shard, _ in started]
+
+    def fold(self) -> None:
+        if not self.has_local:
+            return
+        for shard, reduced, sums in zip(self.shards, self._reduce_sums(FOLD), self.sums, strict=True):
+            shard.add_(reduced)
+            sums.zero_()
+        self.has_local, self.has_folded = False, True
+
+    def reduce(self) -> list[Tensor]:
+        if not self.has_local:
+            return self.shards
+        reduced = self._reduce_sums(GRADIENTS)
+        if self.has_folded:
+            for total, shard in zip(reduced, self.shards, strict=True):
+                total.add_(shard)
+        return reduced
+
+    def clear(self) -> None:
+        super().clear()
+        for sums in self.sums:
+            sums.zero_()
+        self.has_local = self.has_folded = False
+
+    def local_sum(self, group: int, index: int) -> Tensor:
+        """This rank's unreduced sum for one whole parameter, flattened; a copy."""
+        return read_parameter(self.layouts[group], self.sums[group], index)
+
+
+class ShardedWindow(GradientWindow):
+    """Every micro-step is reduce-scattered group by group during backward; 4 bytes per parameter / world size."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._buffers: list[Tensor | None] = [None] * len(self.layouts)
+        self._seen: list[set[int]] = [set() for _ in self.layouts]
+        self._next = len(self.layouts) - 1  # autograd finishes the last group first
+        self._in_flight: deque[tuple[int, Tensor, dist.Work | None, Tensor]] = deque()
+
+    def _accumulate(self, group: int, index: int, gradient: Tensor) -> None:
+        layout = self.layouts[group]
+        buffer = self._buffers[group]
+        if buffer is None:
+            buffer = torch.zeros(layout.world_size * layout.shard_numel, dtype=self.reduce_dtype, device=self.device)
+            self._buffers[group] = buffer
+        add_parameter(layout, buffer, index, gradient)
+        self._seen[group].add(index)
+        while self._next >= 0 and len(self._seen[self._next]) == len(self.layouts[self._next].numels):
+            self._flush(self._next)
+            self._next -= 1
+
+    def _flush(self, group: int) -> None:
+        layout, buffer = self.layouts[group], self._buffers[group]
+        if buffer is None:  # no parameter of the group took part in this backward on this rank; it may have on another
+            buffer = torch.zeros(layout.world_size * layout.shard_numel, dtype=self.reduce_dtype, device=self.device)
+        self._buffers[group] = None
+        while len(self._in_flight) >= MAX_REDUCTIONS_IN_FLIGHT:
+            self._land()
+        shard, work = self._scatter(buffer, layout, GRADIENTS)
+        self._in_flight.append((group, shard, work, buffer))
+
+    def _land(self) -> None:
+        group, shard, work, _ = self._in_flight.popleft()
+        if work is not None:
+            work.wait()
+        self.shards[group].add_(shard)
+
+    def finish(self) -> None:
+        for group in range(self._next, -1, -1):
+            self._flush(group)
+        # A parameter used inside and outside a reentrant checkpoint hands over a second part after its group has left.
+        for group in range(len(self.layouts) - 1, self._next, -1):
+            if self._buffers[group] is not None:
+                self._flush(group)
+        while self._in_flight:
+            self._land()
+        self._next = len(self.layouts) - 1
+        for seen in self._seen:
+            seen.clear()
