@@ -1,3 +1,3 @@
-"""nltrain: trains Hope, the self-modifying, multi-timescale language model of the Nested Learning paper, on a cluster."""
+"""Trains Hope, the self-modifying, multi-timescale language model of the Nested Learning paper, on a cluster."""
 
 __version__ = "0.1.0"

@@ -1,0 +1,32 @@
+# Every target sets the environment up first; it is a no-op when nothing has changed.
+PYTHON ?= python3
+VENV := $(CURDIR)/.venv
+RUN := PATH="$(VENV)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(VENV)/torch_extensions" DS_ACCELERATOR=cpu
+
+.PHONY: help venv demo test check bench gpu-check clean
+
+help: ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+venv: ## make .venv with everything pinned
+	@$(PYTHON) cluster/setup.py
+
+demo: venv ## train a small Hope from an embedded S3 on a local Ray cluster, kill a worker, resume
+	@$(RUN) python jobs/demo.py $(DEMO)
+
+test: venv ## every test
+	@$(RUN) python -m pytest $(PYTEST)
+
+check: venv ## lint, format, types
+	@$(RUN) ruff check .
+	@$(RUN) ruff format --check .
+	@$(RUN) mypy
+
+bench: venv ## every benchmark in its quick form
+	@$(RUN) python -m benchmarks --quick
+
+gpu-check: ## kernels and model on this machine's GPU; needs CUDA, torch and pytest only
+	@$(PYTHON) -m benchmarks.gpu_model
+
+clean: ## remove the environment and all runs
+	rm -rf .venv runs

@@ -1,0 +1,119 @@
+"""Makes `.venv` on this machine; the first thing every `make` target runs. Standard library only.
+
+Guarantees: what is missing on the machine (compiler, headers, venv, disk) is named with the package to install, before
+anything is installed. A finished environment is left alone while pyproject.toml and the interpreter stay the same; a
+half-made one (interrupted install) is made anew. DeepSpeed's C++ op is built here once, so that no run has to.
+"""
+
+import argparse
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SUPPORTED = ((3, 11), (3, 12), (3, 13))
+DISK_NEEDED_BYTES = 6 * 2**30  # the environment takes 3 GB, pip's unpacking and a demo run the rest
+
+
+def missing_on_this_machine(venv):
+    """What has to be installed by hand first: a list of sentences, each with its remedy."""
+    problems = []
+    if sys.version_info[:2] not in SUPPORTED:
+        found = ".".join(map(str, sys.version_info[:3]))
+        problems.append(
+            f"Python {found} at {sys.executable}: nltrain needs 3.11, 3.12 or 3.13; install one, then "
+            f"make PYTHON=/path/to/it"
+        )
+    version = "python{}.{}".format(*sys.version_info[:2])
+    if importlib.util.find_spec("venv") is None or importlib.util.find_spec("ensurepip") is None:
+        problems.append(f"Python's venv module is not there: apt-get install {version}-venv (dnf: {version})")
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    if not os.path.exists(header):
+        problems.append(f"{header} is not there: apt-get install {version}-dev (dnf: python3-devel)")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        problems.append(
+            f"no C++ compiler ({compiler!r} is not on PATH): apt-get install g++ (macOS: xcode-select --install)"
+        )
+    free = shutil.disk_usage(ROOT).free
+    if not os.path.isdir(venv) and free < DISK_NEEDED_BYTES:
+        problems.append(
+            f"{free / 2**30:.1f} GiB free below {ROOT}: {DISK_NEEDED_BYTES / 2**30:.0f} GiB are needed; "
+            f"free some or clone to another disk"
+        )
+    return problems
+
+
+def fingerprint():
+    """Changes when the environment has to be made anew."""
+    with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
+        text = file.read()
+    return hashlib.sha256(text + sys.version.encode() + sys.executable.encode() + ROOT.encode()).hexdigest()
+
+
+def build_deepspeed_op(venv):
+    """Compile the op into the environment, from scratch: a killed build leaves a lock that would block for ever."""
+    extensions = os.path.join(venv, "torch_extensions")
+    shutil.rmtree(extensions, ignore_errors=True)
+    environment = dict(
+        os.environ,
+        DS_ACCELERATOR="cpu",
+        TORCH_EXTENSIONS_DIR=extensions,
+        PATH=os.path.join(venv, "bin") + os.pathsep + os.environ["PATH"],
+    )
+    program = "from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder as B; B().load(verbose=False)"
+    done = subprocess.run(
+        [os.path.join(venv, "bin", "python"), "-c", program],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.returncode:
+        sys.stderr.write(done.stdout.decode(errors="replace"))
+        sys.exit("error: DeepSpeed's shared-memory op did not build (output above); see README, 'When something fails'")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="only say what is missing on this machine")
+    parser.add_argument("--venv", default=os.path.join(ROOT, ".venv"), help="folder of the environment")
+    options = parser.parse_args()
+    stamp = os.path.join(options.venv, ".ready")
+    if not options.check and os.path.exists(stamp):
+        with open(stamp) as file:
+            if file.read() == fingerprint():
+                return
+    problems = missing_on_this_machine(options.venv)
+    if problems:
+        for problem in problems:
+            print("error: " + problem, file=sys.stderr)
+        sys.exit(1)
+    if options.check:
+        return
+    started = time.monotonic()
+    if os.path.exists(options.venv):
+        print(f"{options.venv}: unfinished or out of date, made anew", flush=True)
+        shutil.rmtree(options.venv)
+    print(f"installing into {options.venv} (about 2 minutes, 3 GB)", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", options.venv], check=True)
+    python = os.path.join(options.venv, "bin", "python")
+    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    installed = subprocess.run([*pip, "-e", ROOT + "[dev]"])
+    if installed.returncode:
+        sys.exit(
+            "error: pip could not install (output above); check the network or your package index, then run make again"
+        )
+    print("building DeepSpeed's shared-memory op (about 30 s)", flush=True)
+    build_deepspeed_op(options.venv)
+    with open(stamp, "w") as file:
+        file.write(fingerprint())
+    print(f"ready in {time.monotonic() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+#!/usr/bin/env python
+"""A small Hope for one machine: the job of `make demo`, and the same path as the 1.3B one with other numbers.
+
+ray job submit --working-dir . -- python jobs/hope_tiny.py output=/runs/a data.prefix=s3://b/corpus checkpoint.url=s3://b/runs
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from nltrain.checkpoint.config import CheckpointConfig  # noqa: E402
+from nltrain.config import RunConfig, TrainConfig  # noqa: E402
+from nltrain.data.config import DataConfig  # noqa: E402
+from nltrain.levels.config import LevelConfig, LevelsConfig, ScheduleConfig  # noqa: E402
+from nltrain.model import preset  # noqa: E402
+from nltrain.runtime.config import ClusterConfig  # noqa: E402
+from nltrain.runtime.launch import main  # noqa: E402
+
+QUANTUM = 2048  # tokens: 8 sequences of 256
+TOTAL_TOKENS = 600 * QUANTUM
+
+model = preset("hope", "tiny")
+patterns = model.level_patterns()
+
+
+def level(name: str, period_tokens: int, **options: object) -> LevelConfig:
+    return LevelConfig(name, patterns.get(name, ("rest",)), period_tokens, lr=4e-3, weight_decay=0.1, **options)
+
+
+config = RunConfig(
+    name="hope-tiny",
+    output="/tmp/nltrain/hope-tiny",
+    model=model,
+    data=DataConfig(prefix="", seq_len=256, buffer_bytes=16 << 20),
+    levels=LevelsConfig(
+        levels=(
+            level("base", QUANTUM, zero_stage=2),
+            level("fast", QUANTUM),
+            level("mid", 4 * QUANTUM),
+            level("slow", 16 * QUANTUM),
+        ),
+        schedule=ScheduleConfig("cosine", warmup_tokens=20 * QUANTUM, total_tokens=TOTAL_TOKENS, min_lr_fraction=0.1),
+        fold_every_tokens=50 * QUANTUM,
+    ),
+    checkpoint=CheckpointConfig(url="/tmp/nltrain/checkpoints", every_tokens=50 * QUANTUM, keep_last=3),
+    train=TrainConfig(
+        total_tokens=TOTAL_TOKENS,
+        micro_batch_size=4,
+        validate_every_tokens=100 * QUANTUM,
+        validation_sequences=64,
+        sample_tokens=64,
+    ),
+    cluster=ClusterConfig(max_workers=2),
+)
+
+if __name__ == "__main__":
+    sys.exit(main(config))

@@ -1,0 +1,115 @@
+"""What a run would be, told without a GPU: the model on the meta device, its levels, its bytes. Nothing is downloaded.
+
+Bytes follow from the engines: masters and moments are fp32 and sharded over the ranks at every ZeRO stage; gradients
+are summed in fp32, whole on each rank at stage 1 and sharded at stages 2 and 3; weights are sharded at stage 3 alone.
+Activations depend on kernels and compilation and are not in the figures.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from nltrain.config import RunConfig
+from nltrain.levels.config import LevelConfig
+from nltrain.levels.plan import LevelPart, plan_levels
+from nltrain.levels.quantum import cut_quantum
+from nltrain.model import build
+
+FP32_BYTES = 4
+
+
+@dataclass(frozen=True)
+class LevelBytes:
+    """Bytes of one level on one rank."""
+
+    weights: int
+    gradients: int
+    accumulator: int
+    masters: int
+    moments: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.accumulator + self.masters + self.moments
+
+
+def moments_per_parameter(level: LevelConfig) -> int:
+    """Optimizer tensors of a parameter's size."""
+    if level.frozen:
+        return 0
+    if level.optimizer == "adamw":
+        return 2
+    return 1 if level.momentum else 0
+
+
+def level_bytes(part: LevelPart, dtype_bytes: int, world_size: int) -> LevelBytes:
+    """What one rank holds of a level between two micro-steps, and its gradients at the end of a backward."""
+    n, level = part.num_parameters, part.config
+    shard = -(-n // world_size)
+    trained = 0 if level.frozen else 1
+    return LevelBytes(
+        weights=dtype_bytes * (shard if level.zero_stage == 3 else n),
+        gradients=trained * dtype_bytes * n,
+        accumulator=trained * FP32_BYTES * (n if level.zero_stage == 1 else shard),
+        masters=FP32_BYTES * shard,
+        moments=FP32_BYTES * moments_per_parameter(level) * shard,
+    )
+
+
+def dry_run(config: RunConfig) -> str:
+    """The plan of the run as text. Raises what building the run would raise."""
+    with torch.device("meta"):
+        model = build(config.model)
+    parts = plan_levels(model, config.levels.resolved())
+    world_size = config.cluster.max_workers
+    dtype_bytes = 2 if config.levels.dtype == "bf16" else FP32_BYTES
+    total = sum(part.num_parameters for part in parts)
+    tokens = config.num_quanta * config.quantum_tokens
+    per_rank = [level_bytes(part, dtype_bytes, world_size) for part in parts]
+
+    lines = [f"model: {total:,} parameters, {world_size} ranks ({config.cluster.device}), {config.levels.dtype}", ""]
+    header = (
+        f"{'level':<10}{'parameters':>15}{'period':>14}{'updates':>10}  {'ZeRO':>4}{'lr':>10}{'decay':>8}{'clip':>6}"
+    )
+    lines.append(header)
+    for part in parts:
+        level = part.config
+        phase = level.phase_tokens or 0
+        updates = (tokens + phase) // level.period_tokens - phase // level.period_tokens
+        clip = "-" if level.clip_norm is None else f"{level.clip_norm:g}"
+        lines.append(
+            f"{level.name:<10}{part.num_parameters:>15,}{level.period_tokens:>14,}{updates:>10,}  "
+            f"{level.zero_stage:>4}{level.lr:>10.2g}{level.weight_decay:>8.2g}{clip:>6}"
+        )
+    cut = cut_quantum(config.quantum_tokens // config.data.seq_len, config.train.micro_batch_size, world_size)
+    step_tokens = [sum(len(sequences) for sequences in step) * config.data.seq_len for step in cut]
+    lines += [
+        "",
+        f"{config.num_quanta:,} quanta of {config.quantum_tokens:,} tokens = {tokens:,} tokens",
+        f"{len(cut)} micro-steps per quantum, of {step_tokens[0]:,} tokens"
+        + (f", the last of {step_tokens[-1]:,}" if step_tokens[-1] != step_tokens[0] else ""),
+        "",
+        f"{'GiB per rank':<14}{'weights':>9}{'gradients':>11}{'accumulator':>13}{'masters':>9}{'moments':>9}{'total':>9}",
+    ]
+    for part, need in zip(parts, per_rank, strict=True):
+        lines.append(_row(part.config.name, need))
+    sums = LevelBytes(*(sum(values) for values in zip(*(vars(need).values() for need in per_rank), strict=True)))
+    lines.append(_row("all", sums))
+    checkpoint = sum(
+        part.num_parameters * FP32_BYTES * (1 + moments_per_parameter(part.config) + (not part.config.frozen))
+        for part in parts
+    )
+    token_bytes = 2 if config.model.vocab_size <= 2**16 else 4
+    lines += [
+        "",
+        f"in the store: {tokens * token_bytes / 1e9:,.1f} GB of tokens for one pass; {checkpoint / 1e9:,.2f} GB per "
+        f"checkpoint, one every {config.checkpoint.every_tokens:,} tokens, the last {config.checkpoint.keep_last} kept",
+    ]
+    return "\n".join(lines)
+
+
+def _row(name: str, need: LevelBytes) -> str:
+    gib = [value / 2**30 for value in (*vars(need).values(), need.total)]
+    return f"{name:<14}" + "".join(
+        f"{value:>{width}.2f}" for value, width in zip(gib, (9, 11, 13, 9, 9, 9), strict=True)
+    )

@@ -1,0 +1,33 @@
+"""The training loop. What each beat does stands in `run.py`; who steps when is decided in `levels/`.
+
+The way of a token: plan -> S3 range read -> tokens -> model -> loss -> backward -> each level accumulates -> the clock
+ticks -> due levels reduce, clip, step, gather -> metrics -> maybe validation, maybe checkpoint -> next.
+"""
+
+from typing import Any
+
+from nltrain.config import RunConfig
+from nltrain.run import Run
+
+
+def train(config: RunConfig) -> dict[str, Any]:
+    """Start the run that `config` describes, or go on with it, until its last quantum; every rank calls this.
+
+    torch.distributed must be initialised. Returns the run's summary on rank 0 and the counts of the levels elsewhere.
+    Raises ConfigError, StoreError, DataError or CheckpointError with one line that says what to do.
+    """
+    with Run(config) as run:
+        run.resume()
+        for quantum in run.quanta():
+            for batch in run.micro_batches(quantum):
+                run.levels.start_micro_step()
+                loss_sum = run.model.loss(batch.tokens, batch.targets, batch.document_starts)
+                run.levels.backward(loss_sum, batch.num_targets)
+                run.meter.add(loss_sum, batch.num_targets)
+            ticks = run.levels.finish_quantum()
+            run.log(ticks)
+            if run.validation_is_due():
+                run.validate()
+            if run.checkpoint_is_due():
+                run.save()
+        return run.finish()

@@ -1,0 +1,320 @@
+"""A run put together: model, levels, data, checkpoints and tracking on this rank, and what each beat of the loop does.
+
+Position is one number. T, the global tokens consumed, decides which samples come next, which levels are due, when to
+validate and when to save; so a resumed run only has to restore T, the levels' state and each rank's random state.
+"""
+
+import json
+import math
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from nltrain.checkpoint.checkpointer import Checkpointer
+from nltrain.checkpoint.load import Loaded
+from nltrain.checkpoint.rng import capture_rng, restore_rng
+from nltrain.config import RunConfig, to_dict
+from nltrain.data import Batch, TokenStream, open_plan, open_store
+from nltrain.evaluate import Validation, sample_text, weights_sha256
+from nltrain.fragment import Fragment
+from nltrain.levels.quantum import cut_quantum
+from nltrain.levels.scheduler import LevelScheduler, Tick
+from nltrain.model import build
+from nltrain.track.metrics import MetricsLog, read_rows
+from nltrain.track.progress import Meter, Speed, duration, memory_bytes, progress_line
+from nltrain.track.report import write_report
+from nltrain.track.wandb_view import open_view
+
+# Fields that may differ between a checkpoint and the run that resumes it: they decide where and how fast, not what.
+MAY_CHANGE = (
+    "output",
+    "track",
+    "cluster",
+    "checkpoint",
+    "train.micro_batch_size",
+    "train.validate_every_tokens",
+    "train.validation_sequences",
+    "train.sample_tokens",
+    "train.reference_max_tokens",
+    "data.prefix",  # the same data may lie elsewhere: its fingerprint is compared instead
+    "data.cache_dir",
+    "data.cache_bytes",
+    "data.buffer_bytes",
+    "data.prefetch_batches",
+    "data.download_threads",
+    "data.range_read_batches",
+    "data.attempts",
+    "data.timeout_s",
+    "levels.levels.*.zero_stage",
+    "levels.levels.*.offload",
+)
+
+
+class Run:
+    """One rank's part of a run. Use as a context manager; every method is called by all ranks alike."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.folder = Path(config.output)
+        self.device = torch.device(config.cluster.device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.plan = open_plan(config.data)
+        self.checkpoints = Checkpointer(
+            open_store(config.checkpoint.url), config.name, attempt=None, config=config.checkpoint
+        )
+        self.attempt = self.checkpoints.attempt
+        torch.manual_seed(config.train.seed)
+        self.model = build(config.model).to(self.device)
+        self._shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        self.levels = LevelScheduler(self.model, config.levels, config.data.seq_len, self.device)
+        self.meter = Meter(self.device)
+        self._speed = Speed()
+        self._stream: TokenStream | None = None
+        self._wait_s = 0.0
+        self._validation: Validation | None = None
+        self._saved_at = -1
+        self._metrics: MetricsLog | None = None
+        self._view = open_view(config.track, self.rank, config.name, self._wandb_id, str(self.folder), to_dict(config))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._stream:
+            self._stream.close()
+        self._view.close(exit_code=0 if kind is None else 1)
+        if self._metrics:
+            self._metrics.close()
+        self.levels.close()
+
+    # ---- beats of the loop, in order ---------------------------------------------------------------------------------
+
+    def resume(self) -> None:
+        """Go on from the newest sound checkpoint of this run, or start afresh; says which."""
+        loaded = self.checkpoints.resume(self._fragments_saved_with, to_dict(self.config), MAY_CHANGE)
+        if loaded:
+            self._restore(loaded)
+        else:
+            torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
+        self._announce(loaded)
+        self._stream = TokenStream(self.config.data, self.plan, self._my_samples())
+
+    def quanta(self) -> Iterator[int]:
+        """The quanta still to train, by number."""
+        return iter(range(self.tokens // self.config.quantum_tokens, self.config.num_quanta))
+
+    def micro_batches(self, quantum: int) -> Iterator[Batch]:
+        """This rank's batches of one quantum; every rank gets equally many, padding where it has no sequence."""
+        assert self._stream is not None
+        for _ in self._cut():
+            yield next(self._stream).to(self.device, non_blocking=True)
+
+    def log(self, ticks: list[Tick]) -> None:
+        """A metrics row per tick; every `track.log_every_quanta` a row and a line for the steps since the last one."""
+        for tick in ticks:
+            self._row("tick", level=tick.name, period_tokens=self.levels.clocks[tick.name].period, **_plain(tick))
+        every = self.config.track.log_every_quanta
+        step = self.tokens // self.config.quantum_tokens
+        if step % every and step != self.config.num_quanta:
+            return
+        loss, seconds = self.meter.take()
+        tokens = (step - 1) % every * self.config.quantum_tokens + self.config.quantum_tokens
+        wait_s = self._take_wait_s()
+        memory = memory_bytes(self.device)
+        if self.rank != 0:
+            return
+        speed = self._speed.update(tokens, seconds)
+        self._row(
+            "step",
+            step=step,
+            total_tokens=self.config.num_quanta * self.config.quantum_tokens,
+            loss=loss if math.isfinite(loss) else None,
+            step_tokens=tokens,
+            seconds=round(seconds, 4),
+            tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
+            data_wait_s=round(wait_s, 5),
+            memory_bytes=memory,
+            level_updates=self.levels.counts,
+        )
+        eta_s = (self.config.num_quanta - step) * self.config.quantum_tokens / speed
+        names = " ".join(tick.name + ("(skipped)" if tick.skipped else "") for tick in ticks)
+        share = wait_s / max(seconds, 1e-9)
+        line = progress_line(step, self.config.num_quanta, self.tokens, loss, speed, share, memory, eta_s, names)
+        print(line, flush=True)
+
+    def validation_is_due(self) -> bool:
+        every, quantum = self.config.train.validate_every_tokens, self.config.quantum_tokens
+        if not self.config.train.validation_sequences:
+            return False
+        last = self.tokens >= self.config.num_quanta * quantum
+        return last or bool(every and self.tokens // every > (self.tokens - quantum) // every)
+
+    def validate(self) -> None:
+        """Loss and perplexity on the held-out sequences, beside what counting alone achieves."""
+        if self._validation is None:
+            self._validation = Validation(self.config, self.rank, self.world_size, self.device)
+        result = self._validation.run(self.model)
+        self._row("validation", **result)
+        if self.rank == 0:
+            beside = "".join(
+                f", {name} {result[key]:.4f}"
+                for name, key in (("unigram", "unigram_entropy"), ("bigram", "bigram_entropy"))
+                if result[key] is not None
+            )
+            print(
+                f"validation at {self.tokens:,} tokens: loss {result['loss']:.4f} nats per token, perplexity "
+                f"{result['perplexity']:.2f}{beside} ({result['targets']:,} targets)",
+                flush=True,
+            )
+        self.meter.restart_clock()
+
+    def checkpoint_is_due(self) -> bool:
+        return self.checkpoints.due(self.tokens - self.config.quantum_tokens, self.tokens)
+
+    def save(self) -> None:
+        """Start a checkpoint of this moment; training waits for the copy to host memory only."""
+        state = {
+            "config": to_dict(self.config),
+            "dataset_fingerprint": "-".join(dataset.fingerprint for dataset in self.plan.datasets),
+            "data": self.plan.state(self.tokens // self.config.data.seq_len),
+            "levels": self.levels.state_dict(),
+            "wandb_id": self._wandb_id,
+            "attempt": self.attempt,
+        }
+        own = {"rng": capture_rng(), "levels": self.levels.rank_state()}
+        weights = {name: (f"{name}.master", shape) for name, shape in self._shapes.items()}
+        self.checkpoints.save(self.tokens, self.levels.fragments(), state, own, weights)
+        self._saved_at = self.tokens
+        self._log_saves()
+
+    def finish(self) -> dict[str, Any]:
+        """The last checkpoint, the sample and the summary. Returns the summary on rank 0, the counts elsewhere."""
+        if self._saved_at != self.tokens:
+            self.save()
+        self.checkpoints.wait()
+        self._log_saves()
+        digest = weights_sha256(self.levels)
+        if self.config.train.sample_tokens:
+            text = sample_text(self.model, self.plan.datasets[0], self.config.train, self.device)
+            self._row("sample", text=text)
+            if self.rank == 0:
+                print(f"sample:\n{text}", flush=True)
+        self._row("end", reason="finished", level_updates=self.levels.counts, weights_sha256=digest)
+        if self.rank != 0:
+            return {"level_updates": self.levels.counts}
+        summary = write_report(self.folder)
+        print(
+            f"finished: {summary['tokens']:,} tokens in {duration(summary['seconds'])}, "
+            f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}; {self.folder / 'summary.json'}",
+            flush=True,
+        )
+        return summary
+
+    # ---- helpers -----------------------------------------------------------------------------------------------------
+
+    @property
+    def tokens(self) -> int:
+        """T: global tokens consumed."""
+        return self.levels.tokens
+
+    @property
+    def _wandb_id(self) -> str:
+        return self.config.name.replace("/", "-")
+
+    def _cut(self) -> list[list[range]]:
+        num_sequences = self.config.quantum_tokens // self.config.data.seq_len
+        return cut_quantum(num_sequences, self.config.train.micro_batch_size, self.world_size)
+
+    def _my_samples(self) -> Iterator[range]:
+        """Global sample indices of this rank's micro-batches from T on: a function of T, rank and world size alone."""
+        per_quantum = self.config.quantum_tokens // self.config.data.seq_len
+        cut = self._cut()
+        for quantum in self.quanta():
+            first = quantum * per_quantum
+            for step in cut:
+                yield range(first + step[self.rank].start, first + step[self.rank].stop)
+
+    def _fragments_saved_with(self, state: dict[str, Any]) -> dict[str, Fragment]:
+        self.plan.restore(state["data"])
+        self.levels.prepare_to_load(state["levels"])
+        return self.levels.fragments()
+
+    def _restore(self, loaded: Loaded) -> None:
+        own = [loaded.rank_state] if loaded.same_world_size else []
+        if not loaded.same_world_size:
+            saved_by = range(self.rank, loaded.manifest.world_size, self.world_size)
+            own = [loaded.stored.rank_state(rank) for rank in saved_by]
+        self.levels.load(loaded.state["levels"], [state["levels"] for state in own])
+        if loaded.same_world_size:
+            restore_rng(loaded.rank_state["rng"])
+        else:
+            torch.manual_seed((self.config.train.seed * 1_000_003 + self.rank) ^ loaded.tokens)
+        self._saved_at = loaded.tokens
+
+    def _announce(self, loaded: Loaded | None) -> None:
+        """Note this attempt: who takes part, where it starts, and what an earlier one had done beyond that point."""
+        ranks = self.folder / "ranks"
+        ranks.mkdir(parents=True, exist_ok=True)
+        who = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "attempt": self.attempt}
+        partial = ranks / f".rank_{self.rank:04d}"
+        partial.write_text(json.dumps(who | {"time_s": time.time()}))
+        partial.replace(ranks / f"rank_{self.rank:04d}.json")
+        dist.barrier()
+        if self.rank != 0:
+            return
+        before = [row["tokens"] for row in read_rows(self.folder) if row["kind"] == "step"]
+        lost = max(0, max(before, default=0) - self.tokens)
+        self._metrics = MetricsLog(self.folder, self.attempt)
+        self._row(
+            "attempt",
+            workers=self.world_size,
+            resumed_from=loaded.name if loaded else None,
+            tokens_lost=lost,
+            python=sys.version.split()[0],
+            torch=torch.__version__,
+        )
+        if loaded:
+            print(
+                f"attempt {self.attempt}: resumed from checkpoint {loaded.name} at {self.tokens:,} tokens with "
+                f"{self.world_size} workers; {lost:,} tokens are trained again",
+                flush=True,
+            )
+        else:
+            print(f"attempt {self.attempt}: a new run with {self.world_size} workers", flush=True)
+        for row in self.levels.describe():
+            print(
+                f"level {row['name']}: {row['num_parameters']:,} parameters, every {row['period_tokens']:,} tokens "
+                f"(phase {row['phase_tokens']:,}), {row['optimizer']} lr {row['lr']:g}, ZeRO-{row['zero_stage']} "
+                f"({row['mode']})",
+                flush=True,
+            )
+
+    def _row(self, kind: str, **values: Any) -> None:
+        if self._metrics:
+            self._view.log(self._metrics.log(kind, self.tokens, **values))
+
+    def _take_wait_s(self) -> float:
+        assert self._stream is not None
+        waited_s, self._wait_s = self._stream.wait_s - self._wait_s, self._stream.wait_s
+        return waited_s
+
+    def _log_saves(self) -> None:
+        for result in self.checkpoints.poll():
+            values = result._asdict() | {"saved_tokens": result.tokens}
+            del values["tokens"]
+            self._row("checkpoint" if not result.error else "checkpoint_failed", **values)
+
+
+def _plain(tick: Tick) -> dict[str, Any]:
+    """A tick's numbers for JSON, which has no NaN."""
+    values = {name: value for name, value in vars(tick).items() if name not in ("name", "tokens")}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

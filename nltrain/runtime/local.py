@@ -1,0 +1,137 @@
+"""A Ray cluster of our own on this machine: own ports, temp dir and token; no other cluster on the host is touched.
+
+The head runs as `ray start --head --block` in a session of its own. Ray's socket paths must stay below 108 bytes, so
+its temp dir is reached through a short symbolic link although it lies in the run's folder.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from nltrain.runtime.processes import Owner
+
+START_TIMEOUT_S = 90
+
+
+class ClusterError(RuntimeError):
+    """The cluster did not start or does not answer; the message says where to look."""
+
+
+def free_ports(count: int) -> list[int]:
+    """Distinct free ports on loopback, picked together so that none is given out twice."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+    finally:
+        for each in sockets:
+            each.close()
+
+
+class LocalCluster:
+    """A head node with `num_cpus` logical CPUs; `folder` is the run folder that `owner.short` leads to."""
+
+    def __init__(
+        self, folder: Path, owner: Owner, num_cpus: int, object_store_bytes: int = 150 * 2**20, **environment: str
+    ) -> None:
+        self._folder = folder / "ray"
+        self._owner = owner
+        self._num_cpus = num_cpus
+        self._object_store_bytes = object_store_bytes
+        self._process: subprocess.Popen[bytes] | None = None
+        self._folder.mkdir(parents=True)
+        token = self._folder / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        self.port, self.dashboard_port = free_ports(2)
+        self.environment = (
+            os.environ
+            | {
+                "RAY_AUTH_MODE": "token",
+                "RAY_AUTH_TOKEN_PATH": str(token),
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+                "PYTHONUNBUFFERED": "1",
+            }
+            | owner.environment
+            | environment
+        )
+        self.environment.pop("RAY_ADDRESS", None)
+
+    @property
+    def job_address(self) -> str:
+        """For `ray job submit`."""
+        return f"http://127.0.0.1:{self.dashboard_port}"
+
+    @property
+    def client_environment(self) -> dict[str, str]:
+        """What `ray job submit` needs to find this cluster."""
+        return self.environment | {"RAY_ADDRESS": self.job_address}
+
+    def __enter__(self) -> "LocalCluster":
+        log = (self._folder / "head.log").open("wb")
+        client, agent, agent_grpc, runtime_env, metrics = free_ports(5)
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+            "--node-ip-address=127.0.0.1", f"--port={self.port}", f"--num-cpus={self._num_cpus}", "--num-gpus=0",
+            "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}",
+            f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
+            f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}",
+            f"--metrics-export-port={metrics}", f"--object-store-memory={self._object_store_bytes}",
+            f"--temp-dir={self._owner.short / self._folder.name}", "--min-worker-port=0", "--max-worker-port=0",
+        ]  # fmt: skip
+        self._process = subprocess.Popen(
+            command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the head and everything it started; what ignores SIGTERM is killed by pid."""
+        if self._process and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def remove_session_files(self) -> None:
+        """Drop Ray's session folder (sockets, spill, working dirs); the head's own log stays."""
+        for path in self._folder.glob("session_*"):
+            path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
+
+    def _wait_until_it_answers(self) -> None:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        token = (self._folder / "token").read_text()
+        request = urllib.request.Request(
+            f"{self.job_address}/api/version", headers={"Authorization": f"Bearer {token}"}
+        )
+        while time.monotonic() < deadline:
+            if self._process is None or self._process.poll() is not None:
+                raise ClusterError(f"the local Ray cluster ended while starting; see {self._folder / 'head.log'}")
+            try:
+                with urllib.request.urlopen(request, timeout=2):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.2)
+        raise ClusterError(
+            f"the local Ray cluster at {self.job_address} did not answer in {START_TIMEOUT_S} s; "
+            f"see {self._folder / 'head.log'}"
+        )

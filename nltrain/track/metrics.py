@@ -1,0 +1,86 @@
+"""The run's metrics: rows of JSON, one file per attempt, the only truth about what happened.
+
+A row is a flat dict with `kind`, `attempt`, `tokens` (T at that moment) and `time_s` (Unix). Kinds: attempt (a start or
+resume), step, tick, validation, checkpoint, sample, fault, end. A resumed attempt repeats tokens that the killed one
+had already trained; `effective` drops those superseded rows, so that sums and plots count every token once.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+Row = dict[str, Any]
+FOLDER = "metrics"
+
+
+class MetricsLog:
+    """Appends rows to `<run folder>/metrics/attempt_0001.jsonl`; each is flushed: a kill loses at most one line."""
+
+    def __init__(self, run_folder: str | Path, attempt: int) -> None:
+        path = Path(run_folder) / FOLDER / f"attempt_{attempt:04d}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._attempt = attempt
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def log(self, kind: str, tokens: int, **values: Any) -> Row:
+        row = {"kind": kind, "attempt": self._attempt, "tokens": tokens, "time_s": round(time.time(), 3)} | values
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        return row
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def log_fault(run_folder: str | Path, **values: Any) -> None:
+    """Note a fault that something outside the run caused (a planted kill); the run itself cannot write it."""
+    path = Path(run_folder) / FOLDER / "faults.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({"kind": "fault", "time_s": round(time.time(), 3)} | values) + "\n")
+
+
+def read_rows(run_folder: str | Path) -> list[Row]:
+    """All rows of all attempts in the order of writing; a last line torn by a kill is left out."""
+    rows: list[Row] = []
+    for path in sorted((Path(run_folder) / FOLDER).glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+    return sorted(rows, key=lambda row: (row["time_s"], row.get("attempt", 0)))
+
+
+def tail(path: Path, poll_s: float = 0.2) -> Iterator[Row | None]:
+    """Rows of a file as they appear; None whenever there is nothing new for `poll_s` seconds. Never ends by itself."""
+    position = 0
+    while True:
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(position)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    position += len(line)
+                    yield json.loads(line)
+        yield None
+        time.sleep(poll_s)
+
+
+def effective(rows: Iterable[Row]) -> list[Row]:
+    """Rows that count: those of an attempt beyond the point where a later attempt resumed are superseded."""
+    rows = list(rows)
+    resumed_at = {row["attempt"]: row["tokens"] for row in rows if row["kind"] == "attempt"}
+    limit: dict[int, int] = {}
+    lowest: int | None = None
+    for attempt in sorted(resumed_at, reverse=True):
+        if lowest is not None:
+            limit[attempt] = lowest
+        lowest = resumed_at[attempt] if lowest is None else min(lowest, resumed_at[attempt])
+
+    def counts(row: Row) -> bool:
+        return row.get("attempt") not in limit or row["kind"] == "attempt" or row["tokens"] <= limit[row["attempt"]]
+
+    return [row for row in rows if counts(row)]
