@@ -45,7 +45,7 @@ def pack(pieces: Iterable[Piece], path_prefix: str, max_file_bytes: int) -> list
         start, left, size = piece.start, piece.numel, itemsize(piece.dtype)
         while left or piece.total == 0:
             bound = _entry_bound(piece)
-            if room - bound < min(size * max(left, 1), size):
+            if room - bound < size:
                 files.append([])
                 room = max_file_bytes - 2 * _ALIGNMENT
             numel = min(left, (room - bound) // size)

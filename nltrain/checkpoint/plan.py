@@ -77,13 +77,14 @@ def assign(tables: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
                 raise PlanError(
                     f"fragment {name} has {total} elements of {dtype} on rank {rank}, elsewhere {kind[0]} of {kind[1]}"
                 )
-            if numel:
+            # A tensor without elements is named by the first rank that has it.
+            if numel or name not in held:
                 held[name].append((start, start + numel, rank))
     written: list[list[Piece]] = [[] for _ in tables]
     load_bytes = [0] * len(tables)
     shared: list[tuple[Piece, list[int]]] = []
     for name, (total, dtype) in sorted(kinds.items()):
-        for start, stop, holders in _cut(name, total, held.get(name, [])):
+        for start, stop, holders in _cut(name, total, held[name]):
             piece = Piece(name, start, stop - start, total, dtype)
             if len(holders) == 1:
                 written[holders[0]].append(piece)
@@ -91,7 +92,7 @@ def assign(tables: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
             else:
                 shared.append((piece, holders))
         if total == 0:
-            written[0].append(Piece(name, 0, 0, 0, dtype))
+            written[held[name][0][2]].append(Piece(name, 0, 0, 0, dtype))
     # Largest first, each to its least loaded holder: close to even, and the same on every rank.
     for piece, holders in sorted(shared, key=lambda item: (-item[0].num_bytes, item[0])):
         rank = min(holders, key=lambda holder: (load_bytes[holder], holder))
