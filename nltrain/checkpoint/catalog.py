@@ -41,6 +41,8 @@ class CheckpointInfo(NamedTuple):
     num_bytes: int  # of the files that are there
     created_s: float  # of the manifest, seconds since the epoch; of the newest file where there is none
     reason: str  # why it is not complete; empty where it is
+    damaged: bool  # it has a manifest, but that or a file is not what was committed
+    closed: bool  # its manifest key says that it was abandoned or deleted
     num_files: int
 
     @property
@@ -60,18 +62,25 @@ def list_checkpoints(store: Store, run: str) -> list[CheckpointInfo]:
     found = []
     for name, files in folders.items():
         tokens, attempt = parse_name(name) or (0, 0)
-        created_s, reason = max(modified for _, modified in files.values()), ""
+        created_s, reason, damaged, closed = max(modified for _, modified in files.values()), "", False, False
         if MANIFEST not in files:
-            reason = "no manifest: unfinished or abandoned"
+            reason = "it has no manifest: unfinished"
         else:
             try:
-                manifest = read_manifest(store, run, name)
-                check_sizes(manifest, {path: num_bytes for path, (num_bytes, _) in files.items()})
-                created_s = manifest.created_s
+                manifest = parse_manifest(store.get(key_of(run, name)), run, name)
+                if isinstance(manifest, str):
+                    reason, closed = manifest, True
+                else:
+                    check_sizes(manifest, {path: num_bytes for path, (num_bytes, _) in files.items()})
+                    created_s = manifest.created_s
             except CorruptCheckpointError as error:
-                reason = str(error)
+                reason, damaged = str(error), True
         size = sum(num_bytes for num_bytes, _ in files.values())
-        found.append(CheckpointInfo(name, tokens, attempt, not reason, size, created_s, reason, len(files)))
+        found.append(
+            CheckpointInfo(
+                name, tokens, attempt, not reason, size, created_s, reason, damaged, closed, num_files=len(files)
+            )
+        )
     return sorted(found, key=lambda info: info.order)
 
 
@@ -206,14 +215,6 @@ def apply_retention(
         check_alive(store, run, attempt)
         delete_checkpoint(store, run, name, attempt)
     for info in found:
-        if not info.complete and info.attempt < attempt and info.num_files > 1 and _is_closed(store, run, info.name):
+        if info.closed and info.attempt < attempt and info.num_files > 1:
             _delete_files(store, run, info.name)
     return going
-
-
-def _is_closed(store: Store, run: str, name: str) -> bool:
-    try:
-        return isinstance(parse_manifest(store.get(key_of(run, name)), run, name), str)
-    except CorruptCheckpointError:
-        # Damaged, not closed: a person may still want to look at it.
-        return False

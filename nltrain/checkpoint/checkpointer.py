@@ -246,8 +246,7 @@ class Checkpointer:
             passed_over.append((info.name, reason))
             self._refused.add(info.name)
             self._say(f"checkpoint {run}/{info.name} passed over: {reason}", logging.WARNING)
-        damaged = [reason for info, (_, reason) in zip(reversed(found), passed_over, strict=True) if info.complete]
-        if damaged or by_hand:
+        if by_hand or any(info.complete or info.damaged for info in found):
             raise CorruptCheckpointError(
                 f"{store.url}/{run}: none of {len(found)} folders is a sound checkpoint; newest: {passed_over[0][1]}. "
                 "Restore the files, or set checkpoint.resume=never to start afresh"

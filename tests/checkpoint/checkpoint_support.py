@@ -37,7 +37,9 @@ def values(name: str, start: int, stop: int, salt: int = 0) -> torch.Tensor:
 def blank(name: str, numel: int) -> torch.Tensor:
     """Memory that shows when it was not filled."""
     dtype = TENSORS[name][1]
-    return torch.full((numel,), float("nan"), dtype=dtype) if dtype.is_floating_point else torch.zeros(numel, dtype=dtype)
+    return (
+        torch.full((numel,), float("nan"), dtype=dtype) if dtype.is_floating_point else torch.zeros(numel, dtype=dtype)
+    )
 
 
 def even_slices(rank: int, size: int) -> dict[str, tuple[int, int]]:

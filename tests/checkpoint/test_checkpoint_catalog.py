@@ -21,7 +21,7 @@ from nltrain.data.store import open_store
 
 
 def info(tokens: int, attempt: int = 1, complete: bool = True) -> CheckpointInfo:
-    return CheckpointInfo(checkpoint_name(tokens, attempt), tokens, attempt, complete, 1, 0.0, "", 2)
+    return CheckpointInfo(checkpoint_name(tokens, attempt), tokens, attempt, complete, 1, 0.0, "", False, False, 2)
 
 
 def write(store, tokens: int, attempt: int, run: str = "r", committed: bool = True) -> str:

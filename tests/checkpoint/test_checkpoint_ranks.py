@@ -15,7 +15,7 @@ from checkpoint_support import (
     wanted,
 )
 
-from nltrain.checkpoint import CheckpointError, Checkpointer, MismatchError, SaveFailedError, StaleAttemptError
+from nltrain.checkpoint import Checkpointer, CheckpointError, MismatchError, SaveFailedError, StaleAttemptError
 from nltrain.checkpoint.manifest import checkpoint_name, key_of
 from nltrain.data.store import open_store
 
@@ -55,7 +55,7 @@ def one_rank_cannot_write(rank: int, size: int, url: str) -> None:
     fragments = held("even_slices", rank, size)
     store.failing = "/state-" if rank == 1 else ""
     checkpointer.save(1, fragments, {})
-    with pytest.raises(SaveFailedError, match="rank 1: StoreError: .* refused by the test"):
+    with pytest.raises(SaveFailedError, match=r"rank 1: StoreError: .* refused by the test"):
         checkpointer.wait()
     assert checkpointer.newest_complete() is None
     store.failing = ""
