@@ -9,13 +9,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nltrain.checkpoint.config import CheckpointConfig  # noqa: E402
-from nltrain.config import RunConfig, TrainConfig  # noqa: E402
-from nltrain.data.config import DataConfig  # noqa: E402
-from nltrain.levels.config import LevelConfig, LevelsConfig, ScheduleConfig  # noqa: E402
-from nltrain.model import preset  # noqa: E402
-from nltrain.runtime.config import ClusterConfig  # noqa: E402
-from nltrain.runtime.launch import main  # noqa: E402
+from nltrain.checkpoint.config import CheckpointConfig
+from nltrain.config import RunConfig, TrainConfig
+from nltrain.data.config import DataConfig
+from nltrain.levels.config import LevelConfig, LevelsConfig, ScheduleConfig
+from nltrain.model import preset
+from nltrain.runtime.config import ClusterConfig
+from nltrain.runtime.launch import main
 
 QUANTUM = 2048  # tokens: 8 sequences of 256
 TOTAL_TOKENS = 600 * QUANTUM

@@ -16,6 +16,10 @@ from nltrain.levels.quantum import cut_quantum
 from nltrain.model import build
 
 FP32_BYTES = 4
+# As in LevelBytes, with their widths in the table.
+COLUMNS = (
+    ("weights", 9), ("gradients", 11), ("accumulator", 13), ("masters", 9), ("moments", 9), ("start", 8), ("total", 9)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,12 @@ class LevelBytes:
     accumulator: int
     masters: int
     moments: int
+    start: int
+    """W_0, kept to measure how far the level has drifted."""
 
     @property
     def total(self) -> int:
-        return self.weights + self.gradients + self.accumulator + self.masters + self.moments
+        return sum(vars(self).values())
 
 
 def moments_per_parameter(level: LevelConfig) -> int:
@@ -42,7 +48,7 @@ def moments_per_parameter(level: LevelConfig) -> int:
     return 1 if level.momentum else 0
 
 
-def level_bytes(part: LevelPart, dtype_bytes: int, world_size: int) -> LevelBytes:
+def level_bytes(part: LevelPart, dtype_bytes: int, world_size: int, measured: bool) -> LevelBytes:
     """What one rank holds of a level between two micro-steps, and its gradients at the end of a backward."""
     n, level = part.num_parameters, part.config
     shard = -(-n // world_size)
@@ -53,6 +59,7 @@ def level_bytes(part: LevelPart, dtype_bytes: int, world_size: int) -> LevelByte
         accumulator=trained * FP32_BYTES * (n if level.zero_stage == 1 else shard),
         masters=FP32_BYTES * shard,
         moments=FP32_BYTES * moments_per_parameter(level) * shard,
+        start=FP32_BYTES * shard * trained * measured,
     )
 
 
@@ -65,13 +72,11 @@ def dry_run(config: RunConfig) -> str:
     dtype_bytes = 2 if config.levels.dtype == "bf16" else FP32_BYTES
     total = sum(part.num_parameters for part in parts)
     tokens = config.num_quanta * config.quantum_tokens
-    per_rank = [level_bytes(part, dtype_bytes, world_size) for part in parts]
+    per_rank = [level_bytes(part, dtype_bytes, world_size, config.levels.measure_changes) for part in parts]
 
     lines = [f"model: {total:,} parameters, {world_size} ranks ({config.cluster.device}), {config.levels.dtype}", ""]
-    header = (
-        f"{'level':<10}{'parameters':>15}{'period':>14}{'updates':>10}  {'ZeRO':>4}{'lr':>10}{'decay':>8}{'clip':>6}"
-    )
-    lines.append(header)
+    titles = (("parameters", 15), ("period", 14), ("updates", 10), ("ZeRO", 6), ("lr", 10), ("decay", 8), ("clip", 6))
+    lines.append(f"{'level':<10}" + "".join(f"{title:>{width}}" for title, width in titles))
     for part in parts:
         level = part.config
         phase = level.phase_tokens or 0
@@ -89,27 +94,27 @@ def dry_run(config: RunConfig) -> str:
         f"{len(cut)} micro-steps per quantum, of {step_tokens[0]:,} tokens"
         + (f", the last of {step_tokens[-1]:,}" if step_tokens[-1] != step_tokens[0] else ""),
         "",
-        f"{'GiB per rank':<14}{'weights':>9}{'gradients':>11}{'accumulator':>13}{'masters':>9}{'moments':>9}{'total':>9}",
+        f"{'GiB per rank':<14}" + "".join(f"{title:>{width}}" for title, width in COLUMNS),
     ]
     for part, need in zip(parts, per_rank, strict=True):
         lines.append(_row(part.config.name, need))
     sums = LevelBytes(*(sum(values) for values in zip(*(vars(need).values() for need in per_rank), strict=True)))
     lines.append(_row("all", sums))
     checkpoint = sum(
-        part.num_parameters * FP32_BYTES * (1 + moments_per_parameter(part.config) + (not part.config.frozen))
+        part.num_parameters
+        * FP32_BYTES
+        * (1 + moments_per_parameter(part.config) + (not part.config.frozen) * (1 + config.levels.measure_changes))
         for part in parts
     )
     token_bytes = 2 if config.model.vocab_size <= 2**16 else 4
     lines += [
         "",
-        f"in the store: {tokens * token_bytes / 1e9:,.1f} GB of tokens for one pass; {checkpoint / 1e9:,.2f} GB per "
-        f"checkpoint, one every {config.checkpoint.every_tokens:,} tokens, the last {config.checkpoint.keep_last} kept",
+        f"in the store: {tokens * token_bytes / 1e9:,.1f} GB of tokens for one pass; up to {checkpoint / 1e9:,.2f} GB "
+        f"per checkpoint, one every {config.checkpoint.every_tokens:,} tokens, the last {config.checkpoint.keep_last} kept",
     ]
     return "\n".join(lines)
 
 
 def _row(name: str, need: LevelBytes) -> str:
     gib = [value / 2**30 for value in (*vars(need).values(), need.total)]
-    return f"{name:<14}" + "".join(
-        f"{value:>{width}.2f}" for value, width in zip(gib, (9, 11, 13, 9, 9, 9), strict=True)
-    )
+    return f"{name:<14}" + "".join(f"{value:>{width}.2f}" for value, (_, width) in zip(gib, COLUMNS, strict=True))

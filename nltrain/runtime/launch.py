@@ -18,6 +18,7 @@ from nltrain.config import RunConfig, describe, from_dict, override, to_dict
 from nltrain.runtime.config import ClusterConfig
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class LaunchError(RuntimeError):
@@ -118,7 +119,9 @@ def _quiet_libraries() -> None:
 
 def _connect(ray: Any, address: str) -> None:
     try:
-        ray.init(address=address, log_to_driver=True, logging_level="WARNING")
+        # The code travels with the run, so that it need not be installed on the nodes.
+        runtime_env = {"py_modules": [str(ROOT / "nltrain"), str(ROOT / "kernels")]}
+        ray.init(address=address, log_to_driver=True, logging_level="WARNING", runtime_env=runtime_env)
     except Exception as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise LaunchError(
