@@ -38,6 +38,7 @@ from nltrain.fragment import Fragment
 
 log = logging.getLogger(__name__)
 
+_MAX_PLANS = 8
 Weights = Mapping[str, tuple[str, Sequence[int]]]
 Fragments = Mapping[str, Fragment]
 # Which fragments exist can depend on the moment of the save (an open window): then the stored state decides.
@@ -69,6 +70,13 @@ class _Job(NamedTuple):
     stall_seconds: float
 
 
+class _Plan(NamedTuple):
+    """Who writes what, for one set of tables: this rank's files and the layout of all."""
+
+    parts: list[Part]
+    layout: bytes
+
+
 class Checkpointer:
     """`attempt` None claims the next number. Claiming one fences off all older attempts of the run."""
 
@@ -80,7 +88,7 @@ class Checkpointer:
         self._environment = environment() if self._ranks.rank == 0 else {}
         self._lineage: list[dict[str, Any]] = []
         self._refused: set[str] = set()
-        self._planned_for: tuple[list[Piece], Weights] | None = None
+        self._plans: dict[tuple[int, ...], _Plan] = {}
         self._staging: Staging | None = None
         self._layout: bytes = b""
         self._thread: threading.Thread | None = None
@@ -106,28 +114,38 @@ class Checkpointer:
         """True on all ranks as soon as it is True on one: a SIGTERM or preemption notice that only some got."""
         return any(row[0] for row in self._ranks.gather_ints([flag]))
 
-    def prepare(self, fragments: Mapping[str, Fragment], weights: Weights | None = None) -> None:
-        """Plan who writes what and allocate the staging memory; `save` does it when the fragments changed shape."""
-        weights = weights or {}
-        mine = table(fragments)
-        tables = [[Piece(*row) for row in rows] for rows in self._ranks.gather(mine)]
-        written = assign(tables)
-        names = {name for name, _ in weights.values()}
-        parts = [self._parts(rank, pieces, names) for rank, pieces in enumerate(written)]
-        self._staging = None  # frees the old memory before the new is taken
-        pin = any(fragment.tensor.is_cuda for fragment in fragments.values())
-        self._staging = Staging(parts[self._ranks.rank], pin)
-        layout = layout_of(part for of_rank in parts for part in of_rank)
-        if missing := [name for name in names if name not in layout]:
-            raise MismatchError(f"weights name the fragment {missing[0]}, which no rank holds")
-        named = {parameter: [name, list(shape)] for parameter, (name, shape) in weights.items()}
-        self._layout = dump({"tensors": layout, "weights": named})
-        self._planned_for = (mine, dict(weights))
+    def prepare(self, fragments: Fragments, weights: Weights | None = None) -> None:
+        """Plan who writes what and take the staging memory now; otherwise the first save does."""
+        self._join()
+        rows = self._ranks.gather_ints([_digest([table(fragments), weights])])
+        self._lay_out(tuple(row[0] for row in rows), fragments, weights or {})
+
+    def _lay_out(self, key: tuple[int, ...], fragments: Fragments, weights: Weights) -> Staging:
+        """Collective where the plan for these tables is not known yet; `key` says which tables all ranks hold."""
+        if key not in self._plans:
+            tables = [[Piece(*row) for row in rows] for rows in self._ranks.gather(table(fragments))]
+            names = {name for name, _ in weights.values()}
+            parts = [self._parts(rank, pieces, names) for rank, pieces in enumerate(assign(tables))]
+            layout = layout_of(part for of_rank in parts for part in of_rank)
+            if missing := sorted(names - layout.keys()):
+                raise MismatchError(f"weights name the fragment {missing[0]}, which no rank holds")
+            named = {parameter: [name, list(shape)] for parameter, (name, shape) in weights.items()}
+            # Open windows come and go: a few plans recur.
+            if len(self._plans) >= _MAX_PLANS:
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[key] = _Plan(parts[self._ranks.rank], dump({"tensors": layout, "weights": named}))
+        plan = self._plans[key]
+        self._layout = plan.layout
+        if self._staging is None:
+            self._staging = Staging(pin=any(fragment.tensor.is_cuda for fragment in fragments.values()))
+        if self._staging.parts != tuple(plan.parts):
+            self._staging.lay_out(plan.parts)
+        return self._staging
 
     def save(
         self,
         tokens: int,
-        fragments: Mapping[str, Fragment],
+        fragments: Fragments,
         state: Mapping[str, Any],
         rank_state: Mapping[str, Any] | None = None,
         weights: Weights | None = None,
@@ -140,12 +158,12 @@ class Checkpointer:
         after config.max_failures failures in a row, CheckpointError where the ranks disagree.
         """
         began = time.monotonic()
-        data, mine = canonical_json(state), table(fragments)
+        data = canonical_json(state)
         plain, tensors = split(rank_state or {})
         if self.config.when_busy == "wait":
             self._join()
-        changed = self._planned_for != (mine, dict(weights or {}))
-        row = [tokens, self._busy(), changed, self._failures_in_row, bool(self._stale), int(sha256_of(state)[:15], 16)]
+        digest = _digest([table(fragments), weights])
+        row = [tokens, self._busy(), digest, self._failures_in_row, bool(self._stale), _digest(state)]
         rows = self._ranks.gather_ints(row)
         for column, what in ((0, "token count"), (5, "state")):
             if len({row[column] for row in rows}) > 1:
@@ -158,13 +176,11 @@ class Checkpointer:
         if tokens == self._saved_tokens:
             self._say(f"checkpoint {name} is there already: not saved again")
             return True
-        if any(row[2] for row in rows):
-            self.prepare(fragments, weights)
-        assert self._staging is not None
-        self._staging.fill(fragments)
+        self._lay_out(tuple(row[2] for row in rows), fragments, weights or {}).fill(fragments)
         own_tensors = whole(tensors)
         prefix = f"rank_{self._ranks.rank:05d}/own"
-        own = Staging(pack(table(own_tensors), prefix, self.config.max_file_bytes))
+        own = Staging()
+        own.lay_out(pack(table(own_tensors), prefix, self.config.max_file_bytes))
         own.fill(own_tensors)
         own_json = dump({"state": plain, "tensors": layout_of(own.parts)})
         config_hash = sha256_of(state["config"]) if "config" in state else ""
@@ -195,9 +211,7 @@ class Checkpointer:
         complete = [info for info in self._list(self.store, self.run) if info.complete]
         return complete[-1] if complete else None
 
-    def load(
-        self, checkpoint: CheckpointInfo | str, fragments: Mapping[str, Fragment], may_be_unused: Iterable[str] = ()
-    ) -> Loaded:
+    def load(self, checkpoint: CheckpointInfo | str, fragments: Fragments, may_be_unused: Iterable[str] = ()) -> Loaded:
         """Fill the fragments in place from a checkpoint of this run; see load.load for what is refused."""
         name = checkpoint if isinstance(checkpoint, str) else checkpoint.name
         return self._load(self.store, self.run, name, fragments, None, (), tuple(may_be_unused), None)
@@ -404,6 +418,11 @@ class Checkpointer:
 
     def _key(self, job: _Job, path: str) -> str:
         return key_of(self.run, job.name, path)
+
+
+def _digest(value: Any) -> int:
+    """60 bits of the hash: enough to compare ranks."""
+    return int(sha256_of(value)[:15], 16)
 
 
 def _reader(source: Staging, index: int) -> Any:

@@ -77,19 +77,33 @@ def _part(path: str, entries: Sequence[Piece]) -> Part:
 
 
 class Staging:
-    """The bytes of this rank's files in host memory."""
+    """The bytes of this rank's files in host memory, kept from save to save and grown when a save needs more."""
 
-    def __init__(self, parts: Sequence[Part], pin: bool = False) -> None:
-        self.parts = tuple(parts)
-        self._buffers = [torch.empty(part.num_bytes, dtype=torch.uint8, pin_memory=pin) for part in self.parts]
-        for part, buffer in zip(self.parts, self._buffers, strict=True):
-            buffer[: len(part.header)] = torch.frombuffer(bytearray(part.header), dtype=torch.uint8)
-            # Touch every page now: the first save should cost what the later ones do.
-            buffer[len(part.header) :].zero_()
+    def __init__(self, pin: bool = False) -> None:
+        self.parts: tuple[Part, ...] = ()
+        self._pin = pin
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self._buffers: list[Tensor] = []
 
     @property
     def num_bytes(self) -> int:
-        return sum(part.num_bytes for part in self.parts)
+        """Memory held."""
+        return self._memory.numel()
+
+    def lay_out(self, parts: Sequence[Part]) -> None:
+        """Make room for these files and write their headers."""
+        needed = sum(_padded(part.num_bytes) for part in parts)
+        if needed > self._memory.numel():
+            self._buffers, self._memory = [], torch.empty(0, dtype=torch.uint8)  # frees the old before taking the new
+            self._memory = torch.empty(needed, dtype=torch.uint8, pin_memory=self._pin)
+            # Touches every page: the first save should cost what the later ones do.
+            self._memory.zero_()
+        self.parts, self._buffers, position = tuple(parts), [], 0
+        for part in parts:
+            buffer = self._memory[position : position + part.num_bytes]
+            buffer[: len(part.header)] = torch.frombuffer(bytearray(part.header), dtype=torch.uint8)
+            self._buffers.append(buffer)
+            position += _padded(part.num_bytes)
 
     def fill(self, fragments: Mapping[str, Fragment]) -> None:
         """Copy the planned pieces out of the fragments; the values are taken when this returns."""
@@ -108,6 +122,10 @@ class Staging:
 
     def data(self, index: int) -> memoryview:
         return self._buffers[index].numpy().data
+
+
+def _padded(num_bytes: int) -> int:
+    return num_bytes + -num_bytes % _ALIGNMENT
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Fragment]:

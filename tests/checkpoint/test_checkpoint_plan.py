@@ -85,7 +85,8 @@ def test_a_fragment_that_is_no_flat_slice_is_refused_by_name(fragment, text):
 def test_files_are_safetensors_within_the_size_and_hold_every_element_aligned(tensors, max_file_bytes):
     pieces = [Piece(f"name.{i}", 0, numel, numel, dtype) for i, (numel, dtype) in enumerate(tensors)]
     parts = pack(pieces, "rank_00000/state", max_file_bytes)
-    staging = Staging(parts)
+    staging = Staging()
+    staging.lay_out(parts)
     contents = {}
     for i, (numel, dtype) in enumerate(tensors):
         bits = torch.randint(0, 2 if dtype == "BOOL" else 120, (numel * itemsize(dtype),), dtype=torch.uint8)
@@ -106,7 +107,8 @@ def test_files_are_safetensors_within_the_size_and_hold_every_element_aligned(te
 
 def test_staging_costs_no_more_than_the_share_and_headers():
     pieces = [Piece(f"layer.{i}.master", 0, 100_000, 100_000, "F32") for i in range(50)]
-    staging = Staging(pack(pieces, "rank_00000/state", 1 << 20))
+    staging = Staging()
+    staging.lay_out(pack(pieces, "rank_00000/state", 1 << 20))
     assert staging.num_bytes <= 1.01 * sum(piece.num_bytes for piece in pieces)
 
 
