@@ -9,6 +9,7 @@ from nltrain.data.errors import DataError
 from nltrain.data.manifest import Manifest
 from nltrain.data.plan import SampleAddress, SamplePlan, open_plan
 from nltrain.data.prepare import PrepareConfig, prepare
+from nltrain.data.prepare_files import prepare_files
 from nltrain.data.store import MissingObjectError, Store, StoredObject, StoreError, join_url, open_store
 from nltrain.data.stream import TokenStream
 from nltrain.data.tokenizer import train_tokenizer
@@ -36,6 +37,7 @@ __all__ = [
     "open_plan",
     "open_store",
     "prepare",
+    "prepare_files",
     "reference_entropies",
     "stdlib_corpus",
     "train_tokenizer",

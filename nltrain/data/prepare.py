@@ -21,7 +21,8 @@ from nltrain.data.errors import DataError
 from nltrain.data.hashing import unit_hash
 from nltrain.data.manifest import MANIFEST_KEY, TOKENIZER_KEY, Manifest, Split, read_manifest
 from nltrain.data.shards import FinishedShard, Shard, ShardPacker
-from nltrain.data.store import MissingObjectError, Store, join_url
+from nltrain.data.sources import EXAMPLES_KEPT, Dropped
+from nltrain.data.store import Store, join_url
 from nltrain.data.tokenizer import SEPARATOR, DocumentEncoder, token_dtype, tokenizer_sha256, tokenizer_to_bytes
 
 TRAIN, VALIDATION = "train", "validation"
@@ -46,14 +47,26 @@ class PrepareConfig:
     bytes_per_shard: int = 16 << 20
     """A shard is closed when it reaches this size."""
     seed: int = 0
-    """Enters the hash that holds documents out."""
+    """Enters the hashes that hold documents out and sample them."""
+    document_fraction: float = 1.0
+    """Share of documents kept, chosen by a hash of their names; for a smaller dataset of the same kind."""
+    text_field: str = "text"
+    """Field of a JSONL record or column of a parquet file that holds the text."""
+    group_bytes: int = 256 << 20
+    """Neighbouring input files are packed together up to this size; one group is one task."""
+    max_bad_fraction: float = 0.001
+    """Share of records that may be unreadable or empty before the work stops."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "bytes_per_member", "bytes_per_shard"):
+        for name in ("seq_len", "bytes_per_member", "bytes_per_shard", "group_bytes"):
             if getattr(self, name) < 1:
                 raise DataError(f"prepare.{name}: {getattr(self, name)}: must be at least 1")
         if not 0 <= self.validation_fraction < 1:
             raise DataError(f"prepare.validation_fraction: {self.validation_fraction}: must be in [0, 1)")
+        if not 0 < self.document_fraction <= 1:
+            raise DataError(f"prepare.document_fraction: {self.document_fraction}: must be in (0, 1]")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise DataError(f"prepare.max_bad_fraction: {self.max_bad_fraction}: must be in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -63,8 +76,11 @@ class GroupResult:
     shards: dict[str, list[Shard]]
     num_documents: int
     num_tokens: int
+    num_records: int
     dropped: dict[str, int]
     """Records that gave no tokens, by reason."""
+    dropped_examples: list[str]
+    """Where the first of them are: file:line: reason."""
 
     def to_bytes(self, work: str) -> bytes:
         return json.dumps({"work": work, **asdict(self)}, sort_keys=True).encode()
@@ -101,7 +117,14 @@ def prepare(
     finished = finished_manifest(store, work)
     if finished is not None:
         return finished
-    result = prepare_group(0, corpus, store, tokenizer, config, progress=progress)
+    dropped = Dropped(max_fraction=1.0)
+    dropped.num_records = len(corpus)
+    for name, text in corpus:
+        if not text:
+            dropped.add(name, "empty text")
+    result = prepare_group(
+        0, [document for document in corpus if document.text], store, tokenizer, config, dropped, progress
+    )
     return write_manifest(store, tokenizer, config, work, [result])
 
 
@@ -130,11 +153,10 @@ def prepare_group(
     store: Store,
     tokenizer: Tokenizer,
     config: PrepareConfig,
+    dropped: Dropped,
     progress: Progress | None = None,
-    dropped: Counter[str] | None = None,
 ) -> GroupResult:
-    """Packs and stores one group of documents. `dropped` is what the reader counts while it is read."""
-    dropped = Counter() if dropped is None else dropped
+    """Packs and stores one group of documents, none of them empty. `dropped` is counted by whoever reads them."""
     encoder = DocumentEncoder(tokenizer, config.separator)
     dtype = token_dtype(encoder.vocab_size)
     packers = {
@@ -156,7 +178,7 @@ def prepare_group(
                 rate = num_tokens / max(1e-9, time.monotonic() - started_s)
                 progress(f"{shard.key}: {num_documents} documents, {num_tokens} tokens, {rate:.0f} tokens/s")
 
-    for batch in _batches(documents, dropped):
+    for batch in _batches(documents, config):
         for (name, _), tokens in zip(batch, encoder.encode([text for _, text in batch]), strict=True):
             held_out = unit_hash(config.seed, "hold out", name) < config.validation_fraction
             split = VALIDATION if held_out else TRAIN
@@ -168,7 +190,8 @@ def prepare_group(
     packed = sum(shard.num_tokens for split in shards.values() for shard in split)
     if packed != num_tokens:
         raise AssertionError(f"group {group}: {num_tokens} tokens went in, {packed} came out")
-    return GroupResult(shards, num_documents, num_tokens, dict(sorted(dropped.items())))
+    by_reason = dict(sorted(dropped.by_reason.items()))
+    return GroupResult(shards, num_documents, num_tokens, dropped.num_records, by_reason, dropped.examples)
 
 
 def write_manifest(
@@ -189,7 +212,9 @@ def write_manifest(
         "documents_in": sum(result.num_documents for result in results),
         "tokens_in": sum(result.num_tokens for result in results),
         "tokens_out": sum(split.num_tokens for split in splits.values()),
+        "records_in": sum(result.num_records for result in results),
         "dropped_records": dict(sorted(dropped.items())),
+        "dropped_examples": [example for result in results for example in result.dropped_examples][:EXAMPLES_KEPT],
     }
     if not report["tokens_out"]:
         raise DataError(f"{store.url}: the inputs hold no tokens (dropped: {report['dropped_records']}): check them")
@@ -207,20 +232,11 @@ def write_manifest(
     return manifest
 
 
-def stored_result(store: Store, key: str, work: str) -> GroupResult | None:
-    """The result of an earlier run of the same group, if it finished."""
-    try:
-        return GroupResult.parse(store.get(key), work)
-    except MissingObjectError:
-        return None
-
-
-def _batches(documents: Iterable[Document], dropped: Counter[str]) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document], config: PrepareConfig) -> Iterator[list[Document]]:
     batch: list[Document] = []
     num_chars = 0
     for document in documents:
-        if not document.text:
-            dropped["empty text"] += 1
+        if unit_hash(config.seed, "keep", document.name) >= config.document_fraction:
             continue
         batch.append(document)
         num_chars += len(document.text)
