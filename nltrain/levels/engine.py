@@ -152,7 +152,7 @@ class LevelEngine:
         else:
             # Views that would keep a sleeping level's masters in device memory.
             for _, parameter in part.parameters:
-                parameter._hp_mapping = None
+                setattr(parameter, "_hp_mapping", None)  # noqa: B010 - an attribute deepspeed adds
             zero._hp_optimizer_states_linked = True
         self._engine, self._module = engine, module
         return zero
@@ -187,7 +187,7 @@ class LevelEngine:
         if self.stage < 3:
             return FlatLayout(numels, self.world_size, master.numel())
         layout = RowLayout(numels, self.world_size)
-        chunks = [parameter.ds_tensor.ds_numel for _, parameter in group]
+        chunks = [getattr(parameter, "ds_tensor").ds_numel for _, parameter in group]  # noqa: B009 - deepspeed's
         if chunks != layout.chunks or layout.shard_numel != master.numel():
             raise LevelsError(
                 f"level {self.name!r}: this deepspeed partitions ZeRO-3 parameters differently, use 0.19.8"
@@ -224,7 +224,7 @@ class LevelEngine:
     def _discover_external_parameters(self, on: bool) -> None:
         """Lets ZeRO-3 gather a parameter that a parent's forward reads directly from its child."""
         for module in self._module.modules():
-            module._parameters._in_forward = on
+            setattr(module._parameters, "_in_forward", on)  # noqa: B010 - an attribute of deepspeed's dict
 
     def step(self, lr: float, decay: float, num_targets: Tensor) -> Step:
         """Mean over the window, clip, optimizer step, gather. `decay` multiplies the weights; one host sync."""

@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 class Piece(NamedTuple):
-    """Part of parameter `index` on one rank: shard[offset : offset + length] are elements [start, start + length)."""
+    """shard[offset : offset + length] of one rank are elements [start, start + length) of one parameter of the group."""
 
-    index: int
+    parameter: int
     offset: int
     start: int
     length: int

@@ -1,0 +1,107 @@
+"""Every ZeRO stage, alone and mixed, equals dense training: one plain optimizer per level, fed the window's mean."""
+
+from functools import partial
+
+import pytest
+
+from nltrain.levels.scheduler import LevelScheduler
+from tests.levels.ranks import Ranks
+from tests.levels.toys import SEQ_LEN, Toy, gathered, levels, train, train_dense, worst_error
+
+STAGES = {
+    "zero1": (1, 1, 1, 1),
+    "zero2": (2, 2, 2, 2),
+    "zero3": (3, 3, 3, 3),
+    "mix3211": (3, 2, 1, 1),
+    "mix1231": (1, 2, 3, 1),
+}
+OPTIMIZERS = {
+    "sgd": {"optimizer": "sgd", "lr": 0.3, "weight_decay": 0.01},
+    "momentum": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
+    "adamw": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)},
+}
+# With a clip so tight that every tick clips, and without.
+CLIPS = {"clip": 0.05, "free": None}
+QUANTA = 64  # one micro-step each: periods are 1, 2, 8 and 32 micro-steps
+
+
+def parity(
+    stages: str, optimizer: str, clip: str, dtype: str, micro_batch: int, accumulate: int, ranks: Ranks
+) -> dict[str, float]:
+    """Worst error over the tensors after QUANTA micro-steps, and how far the reference moved."""
+    quantum = micro_batch * ranks.world_size * SEQ_LEN * accumulate
+    config = levels(
+        quantum,
+        stages=STAGES[stages],
+        shared={**OPTIMIZERS[optimizer], "clip_norm": CLIPS[clip]},
+        dtype=dtype,
+        bucket_elements=2000,  # several groups per level, and parameters larger than a group
+    )
+    model = Toy()
+    scheduler = LevelScheduler(model, config, SEQ_LEN)
+    quanta = range(QUANTA // accumulate)
+    ticks = train(model, scheduler, ranks.rank, ranks.world_size, quanta, micro_batch)
+    weights = gathered(scheduler)
+    counts = scheduler.counts
+    scheduler.close()
+    if ranks.rank:
+        return {}
+    reference = train_dense(config, quanta, micro_batch, ranks.world_size)
+    start = dict(Toy().named_parameters())
+    moved = {name: value.detach() - start[name].detach() for name, value in reference.named_parameters()}
+    return {
+        "error": worst_error(weights, reference.named_parameters()),
+        "relative_to_change": max(
+            ((weights[name] - start[name].detach() - change).norm() / change.norm()).item()
+            for name, change in moved.items()
+        ),
+        "ticks": len(ticks),
+        **{f"due_{name}": count["due"] for name, count in counts.items()},
+    }
+
+
+def _case(stages: str, optimizer: str, clip: str, dtype: str, accumulate: int = 1):
+    return partial(parity, stages, optimizer, clip, dtype, 2, accumulate)
+
+
+FP32 = [(s, o, c) for s in STAGES for o in ("sgd", "adamw") for c in CLIPS] + [("mix3211", "momentum", "clip")]
+BF16 = [(s, o, "clip") for s in STAGES for o in ("sgd", "adamw")]
+CASES = {
+    2: {f"parity-{s}-{o}-{c}-fp32": _case(s, o, c, "fp32") for s, o, c in FP32}
+    | {f"parity-{s}-{o}-{c}-bf16": _case(s, o, c, "bf16") for s, o, c in BF16},
+    4: {f"parity-{s}-{o}-clip-fp32": _case(s, o, "clip", "fp32", 4) for s in STAGES for o in ("sgd", "adamw")},
+    1: {f"parity-{s}-sgd-clip-fp32": _case(s, "sgd", "clip", "fp32") for s in ("zero1", "zero2", "zero3")},
+}
+
+# SGD is linear in the gradient: only the order of summation differs. AdamW divides by the root of the second moment,
+# so an element whose true gradient is near zero turns rounding noise of relative size 1e-7 into a step of up to lr; such
+# elements are few, and each moves by at most lr x ticks = 0.064 against a tensor norm of order 0.01 sqrt(numel) or more.
+SGD_BOUND, ADAMW_BOUND = 1e-6, 2e-5
+# bf16 computes every gradient with a unit roundoff of 2^-9: the change of the weights, not the weights, is off by that.
+BF16_BOUND = {"sgd": 2**-5, "adamw": 2**-3}
+
+
+@pytest.mark.parametrize(("stages", "optimizer", "clip"), FP32)
+def test_two_ranks_equal_dense_training_over_64_micro_steps(case, stages, optimizer, clip):
+    result = case(2, f"parity-{stages}-{optimizer}-{clip}-fp32")
+    assert (result["due_base"], result["due_fast"], result["due_mid"], result["due_slow"]) == (64, 32, 8, 2)
+    assert result["error"] <= (ADAMW_BOUND if optimizer == "adamw" else SGD_BOUND)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("stages", STAGES)
+def test_four_ranks_with_accumulation_equal_dense_training(case, stages, optimizer):
+    result = case(4, f"parity-{stages}-{optimizer}-clip-fp32")
+    assert result["due_base"] == 16
+    assert result["error"] <= (ADAMW_BOUND if optimizer == "adamw" else SGD_BOUND)
+
+
+@pytest.mark.parametrize("stages", ["zero1", "zero2", "zero3"])
+def test_one_rank_equals_dense_training(case, stages):
+    assert case(1, f"parity-{stages}-sgd-clip-fp32")["error"] <= SGD_BOUND
+
+
+@pytest.mark.parametrize(("stages", "optimizer", "clip"), BF16)
+def test_bf16_changes_weights_as_fp32_does_up_to_its_rounding(case, stages, optimizer, clip):
+    result = case(2, f"parity-{stages}-{optimizer}-{clip}-bf16")
+    assert result["relative_to_change"] <= BF16_BOUND[optimizer]
