@@ -8,7 +8,7 @@ from nltrain.data.entropy import ReferenceEntropies, bigram_entropy, reference_e
 from nltrain.data.errors import DataError
 from nltrain.data.manifest import Manifest
 from nltrain.data.plan import SampleAddress, SamplePlan, open_plan
-from nltrain.data.prepare import PrepareConfig, prepare
+from nltrain.data.prepare import PrepareConfig, prepare, prepare_tokens
 from nltrain.data.prepare_files import prepare_files
 from nltrain.data.store import MissingObjectError, Store, StoredObject, StoreError, join_url, open_store
 from nltrain.data.stream import TokenStream
@@ -38,6 +38,7 @@ __all__ = [
     "open_store",
     "prepare",
     "prepare_files",
+    "prepare_tokens",
     "reference_entropies",
     "stdlib_corpus",
     "train_tokenizer",

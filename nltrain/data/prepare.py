@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
 from tokenizers import Tokenizer
 
 from nltrain.data.corpus import Document
@@ -76,6 +77,8 @@ class GroupResult:
     shards: dict[str, list[Shard]]
     num_documents: int
     num_tokens: int
+    num_left_out: int
+    """Documents that document_fraction leaves out."""
     num_records: int
     dropped: dict[str, int]
     """Records that gave no tokens, by reason."""
@@ -130,7 +133,9 @@ def prepare(
 
 def work_key(config: PrepareConfig, tokenizer: Tokenizer, inputs: str) -> str:
     """Identity of a piece of work: settings, tokenizer and what goes in."""
-    identity = json.dumps([asdict(config), tokenizer_sha256(tokenizer), inputs], sort_keys=True)
+    settings = asdict(config)
+    del settings["max_bad_fraction"]  # raising it must not undo what is done
+    identity = json.dumps([settings, tokenizer_sha256(tokenizer), inputs], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -147,6 +152,23 @@ def finished_manifest(store: Store, work: str) -> Manifest | None:
     return manifest
 
 
+def prepare_tokens(
+    documents: Iterable[tuple[str, np.ndarray]], store: Store, tokenizer: Tokenizer, config: PrepareConfig
+) -> Manifest:
+    """Makes a dataset of documents (name, ids) that were tokenised elsewhere with `tokenizer`, as one group.
+
+    The ids are stored as they are: no separator is added. Raises DataError when a dataset lies at the store's prefix.
+    """
+    work = work_key(config, tokenizer, "tokens")
+    finished = finished_manifest(store, work)
+    if finished is not None:
+        raise DataError(f"{join_url(store.url, MANIFEST_KEY)}: a dataset is there: choose another prefix")
+    packer = GroupPacker(0, store, DocumentEncoder(tokenizer, config.separator).vocab_size, config)
+    for name, tokens in documents:
+        packer.add(name, tokens)
+    return write_manifest(store, tokenizer, config, work, [packer.finish(Dropped(max_fraction=1.0))])
+
+
 def prepare_group(
     group: int,
     documents: Iterable[Document],
@@ -158,40 +180,71 @@ def prepare_group(
 ) -> GroupResult:
     """Packs and stores one group of documents, none of them empty. `dropped` is counted by whoever reads them."""
     encoder = DocumentEncoder(tokenizer, config.separator)
-    dtype = token_dtype(encoder.vocab_size)
-    packers = {
-        split: ShardPacker(
-            f"{split}/{group:05d}", config.seq_len, dtype, config.bytes_per_member, config.bytes_per_shard
-        )
-        for split in (TRAIN, VALIDATION)
-    }
-    shards: dict[str, list[Shard]] = {split: [] for split in packers}
-    num_documents = num_tokens = 0
-    started_s = time.monotonic()
-
-    def store_all(split: str, finished: list[FinishedShard]) -> None:
-        for shard, data, index_data in finished:
-            store.put(shard.key, data)
-            store.put(shard.index_key, index_data)
-            shards[split].append(shard)
-            if progress is not None:
-                rate = num_tokens / max(1e-9, time.monotonic() - started_s)
-                progress(f"{shard.key}: {num_documents} documents, {num_tokens} tokens, {rate:.0f} tokens/s")
-
-    for batch in _batches(documents, config):
+    packer = GroupPacker(group, store, encoder.vocab_size, config, progress)
+    for batch in _batches(documents, packer):
         for (name, _), tokens in zip(batch, encoder.encode([text for _, text in batch]), strict=True):
-            held_out = unit_hash(config.seed, "hold out", name) < config.validation_fraction
-            split = VALIDATION if held_out else TRAIN
-            num_documents += 1
-            num_tokens += len(tokens)
-            store_all(split, packers[split].add(tokens))
-    for split, packer in packers.items():
-        store_all(split, packer.finish())
-    packed = sum(shard.num_tokens for split in shards.values() for shard in split)
-    if packed != num_tokens:
-        raise AssertionError(f"group {group}: {num_tokens} tokens went in, {packed} came out")
-    by_reason = dict(sorted(dropped.by_reason.items()))
-    return GroupResult(shards, num_documents, num_tokens, dropped.num_records, by_reason, dropped.examples)
+            packer.add(name, tokens)
+    return packer.finish(dropped)
+
+
+class GroupPacker:
+    """Packs the documents of one group into the shards of their splits and stores each shard as it becomes full."""
+
+    def __init__(
+        self, group: int, store: Store, vocab_size: int, config: PrepareConfig, progress: Progress | None = None
+    ):
+        self.group, self.store, self.vocab_size, self.config, self.progress = group, store, vocab_size, config, progress
+        dtype, sizes = token_dtype(vocab_size), (config.bytes_per_member, config.bytes_per_shard)
+        self._packers = {
+            split: ShardPacker(f"{split}/{group:05d}", config.seq_len, dtype, *sizes) for split in (TRAIN, VALIDATION)
+        }
+        self._shards: dict[str, list[Shard]] = {split: [] for split in self._packers}
+        self._num_documents = self._num_tokens = self._num_left_out = 0
+        self._started_s = time.monotonic()
+
+    def keeps(self, name: str) -> bool:
+        """Whether the document is part of the sample that was asked for; counted when it is not."""
+        if unit_hash(self.config.seed, "keep", name) < self.config.document_fraction:
+            return True
+        self._num_left_out += 1
+        return False
+
+    def add(self, name: str, tokens: np.ndarray) -> None:
+        """Appends one document. Raises DataError for an id outside the vocabulary."""
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
+            raise DataError(f"document {name!r}: an id is outside [0, {self.vocab_size}): use its own tokenizer")
+        held_out = unit_hash(self.config.seed, "hold out", name) < self.config.validation_fraction
+        split = VALIDATION if held_out else TRAIN
+        self._num_documents += 1
+        self._num_tokens += len(tokens)
+        self._store(split, self._packers[split].add(tokens))
+
+    def finish(self, dropped: Dropped) -> GroupResult:
+        """Stores the last shards and checks the sums."""
+        for split, packer in self._packers.items():
+            self._store(split, packer.finish())
+        packed = sum(shard.num_tokens for shards in self._shards.values() for shard in shards)
+        if packed != self._num_tokens:
+            raise AssertionError(f"group {self.group}: {self._num_tokens} tokens went in, {packed} came out")
+        return GroupResult(
+            self._shards,
+            self._num_documents,
+            self._num_tokens,
+            self._num_left_out,
+            dropped.num_records,
+            dict(sorted(dropped.by_reason.items())),
+            dropped.examples,
+        )
+
+    def _store(self, split: str, finished: list[FinishedShard]) -> None:
+        for shard, data, index_data in finished:
+            self.store.put(shard.key, data)
+            self.store.put(shard.index_key, index_data)
+            self._shards[split].append(shard)
+            if self.progress is not None:
+                rate = self._num_tokens / max(1e-9, time.monotonic() - self._started_s)
+                counts = f"{self._num_documents} documents, {self._num_tokens} tokens"
+                self.progress(f"{shard.key}: {counts}, {rate:.0f} tokens/s")
 
 
 def write_manifest(
@@ -210,6 +263,7 @@ def write_manifest(
         "work": work,
         "settings": asdict(config),
         "documents_in": sum(result.num_documents for result in results),
+        "documents_left_out": sum(result.num_left_out for result in results),
         "tokens_in": sum(result.num_tokens for result in results),
         "tokens_out": sum(split.num_tokens for split in splits.values()),
         "records_in": sum(result.num_records for result in results),
@@ -232,11 +286,11 @@ def write_manifest(
     return manifest
 
 
-def _batches(documents: Iterable[Document], config: PrepareConfig) -> Iterator[list[Document]]:
+def _batches(documents: Iterable[Document], packer: GroupPacker) -> Iterator[list[Document]]:
     batch: list[Document] = []
     num_chars = 0
     for document in documents:
-        if unit_hash(config.seed, "keep", document.name) >= config.document_fraction:
+        if not packer.keeps(document.name):
             continue
         batch.append(document)
         num_chars += len(document.text)
