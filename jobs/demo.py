@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nltrain.runtime.demo import Demo, DemoError
+from nltrain.runtime.demo import Demo, DemoError  # noqa: E402
 
 
 def main() -> int:

@@ -110,7 +110,8 @@ def dry_run(config: RunConfig) -> str:
     lines += [
         "",
         f"in the store: {tokens * token_bytes / 1e9:,.1f} GB of tokens for one pass; up to {checkpoint / 1e9:,.2f} GB "
-        f"per checkpoint, one every {config.checkpoint.every_tokens:,} tokens, the last {config.checkpoint.keep_last} kept",
+        f"per checkpoint, one every {config.checkpoint.every_tokens:,} tokens, "
+        f"the last {config.checkpoint.keep_last} kept",
     ]
     return "\n".join(lines)
 

@@ -143,7 +143,7 @@ class Run:
             tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
             data_wait_s=round(wait_s, 5),
             memory_bytes=memory,
-            level_updates=self.levels.counts,
+            level_updates=self._level_updates(),
         )
         eta_s = (self.config.num_quanta - step) * self.config.quantum_tokens / speed
         names = " ".join(tick.name + ("(skipped)" if tick.skipped else "") for tick in ticks)
@@ -208,9 +208,9 @@ class Run:
             self._row("sample", text=text)
             if self.rank == 0:
                 print(f"sample:\n{text}", flush=True)
-        self._row("end", reason="finished", level_updates=self.levels.counts, weights_sha256=digest)
+        self._row("end", reason="finished", level_updates=self._level_updates(), weights_sha256=digest)
         if self.rank != 0:
-            return {"level_updates": self.levels.counts}
+            return {"level_updates": self._level_updates()}
         summary = write_report(self.folder)
         print(
             f"finished: {summary['tokens']:,} tokens in {duration(summary['seconds'])}, "
@@ -229,6 +229,14 @@ class Run:
     @property
     def _wandb_id(self) -> str:
         return self.config.name.replace("/", "-")
+
+    def _level_updates(self) -> dict[str, dict[str, int]]:
+        """Updates made and left out, beside what the clock alone says was due by T."""
+        clocks = self.levels.clocks
+        return {
+            name: {"done": count["done"], "skipped": count["skipped"], "due": clocks[name].ticks(self.tokens)}
+            for name, count in self.levels.counts.items()
+        }
 
     def _cut(self) -> list[list[range]]:
         num_sequences = self.config.quantum_tokens // self.config.data.seq_len

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from nltrain.data.corpus import stdlib_corpus
 from nltrain.data.embedded_s3 import EmbeddedS3
 from nltrain.runtime.local import LocalCluster
 from nltrain.runtime.processes import Owner, reap_abandoned
@@ -55,15 +56,19 @@ class Demo:
                     LocalCluster(self.folder, owner, num_cpus=max(2, os.cpu_count() or 2), **s3.environment())
                 )
                 _say(f"Ray cluster up, jobs at {cluster.job_address}")
-                prepare = ["jobs/prepare_shards.py", *self._inputs(), f"output=s3://{BUCKET}/corpus"]
-                self._submit(cluster, [*prepare, "train_tokenizer=4096", "seq_len=256", "validation_fraction=0.02"])
+                prepare = ["vocab_size=4096", f"tokenizer_training_bytes={4 << 20}"]
+                prepare += ["prepare.seq_len=256", "prepare.validation_fraction=0.02"]
+                self._submit(
+                    cluster,
+                    ["jobs/prepare_shards.py", f"input={self._corpus()}", f"output=s3://{BUCKET}/corpus", *prepare],
+                )
                 job = [
                     "jobs/hope_tiny.py",
                     f"output={self.folder}",
                     f"data.prefix=s3://{BUCKET}/corpus",
                     f"checkpoint.url=s3://{BUCKET}/runs",
                 ]
-                with self._kill_one_rank_half_way():
+                with kill_one_rank_half_way(self.folder):
                     self._submit(cluster, [*job, *self.overrides])
         finally:
             owner.close()
@@ -79,8 +84,18 @@ class Demo:
         if self.corpus and not self.corpus.exists():
             raise DemoError(f"--corpus {self.corpus}: no such file or folder; name one with text in it")
 
-    def _inputs(self) -> list[str]:
-        return [f"inputs={self.corpus.resolve()}"] if self.corpus else ["inputs=stdlib"]
+    def _corpus(self) -> Path:
+        """The text to train on: the user's, or the standard library's sources as JSON lines."""
+        if self.corpus:
+            return self.corpus.resolve()
+        folder = self.folder / "corpus"
+        folder.mkdir()
+        with (folder / "stdlib.jsonl").open("w", encoding="utf-8") as file:
+            for name, text in stdlib_corpus():
+                if not text.strip():
+                    continue  # an empty __init__.py says nothing
+                file.write(json.dumps({"name": name, "text": text}) + "\n")
+        return folder
 
     def _submit(self, cluster: LocalCluster, command: list[str]) -> None:
         """`ray job submit` as a user types it; the job's own lines go to the screen and to job.log."""
@@ -105,31 +120,6 @@ class Demo:
         if process.wait():
             raise DemoError(f"the job ended with exit code {process.returncode}; its whole log is {log.name}")
 
-    @contextlib.contextmanager
-    def _kill_one_rank_half_way(self) -> Iterator[None]:
-        """SIGKILL the highest rank once half of the tokens are trained; the metrics tell when that is."""
-        done = threading.Event()
-        killer = threading.Thread(target=self._kill_when_half, args=(done,), daemon=True)
-        killer.start()
-        try:
-            yield
-        finally:
-            done.set()
-            killer.join()
-
-    def _kill_when_half(self, done: threading.Event) -> None:
-        for row in tail(self.folder / FOLDER / "attempt_0001.jsonl"):
-            if done.is_set():
-                return
-            if row is None or row["kind"] != "step" or 2 * row["tokens"] < row["total_tokens"]:
-                continue
-            path = sorted((self.folder / "ranks").glob("rank_*.json"))[-1]
-            rank = json.loads(path.read_text())
-            os.kill(rank["pid"], signal.SIGKILL)
-            log_fault(self.folder, signal="SIGKILL", rank=rank["rank"], pid=rank["pid"], tokens=row["tokens"])
-            _say(f"killed rank {rank['rank']} (pid {rank['pid']}) with SIGKILL at {row['tokens']:,} tokens")
-            return
-
     def _show(self, summary: dict[str, Any], seconds: float) -> None:
         unigram, bigram, loss = (summary[name] for name in ("unigram_entropy", "bigram_entropy", "val_loss"))
         print(json.dumps(summary, indent=2))
@@ -150,6 +140,33 @@ class Demo:
             raise DemoError("; ".join(wrong))
 
 
+@contextlib.contextmanager
+def kill_one_rank_half_way(run_folder: Path) -> Iterator[None]:
+    """While inside: SIGKILL the run's highest rank, once, when half of the tokens are trained."""
+    done = threading.Event()
+    killer = threading.Thread(target=_kill_when_half, args=(run_folder, done), daemon=True)
+    killer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        killer.join()
+
+
+def _kill_when_half(run_folder: Path, done: threading.Event) -> None:
+    for row in tail(run_folder / FOLDER / "attempt_0001.jsonl"):
+        if done.is_set():
+            return
+        if row is None or row["kind"] != "step" or 2 * row["tokens"] < row["total_tokens"]:
+            continue
+        path = sorted((run_folder / "ranks").glob("rank_*.json"))[-1]
+        rank = json.loads(path.read_text())
+        os.kill(rank["pid"], signal.SIGKILL)
+        log_fault(run_folder, signal="SIGKILL", rank=rank["rank"], pid=rank["pid"], tokens=row["tokens"])
+        _say(f"killed rank {rank['rank']} (pid {rank['pid']}) with SIGKILL at {row['tokens']:,} tokens")
+        return
+
+
 def _say(text: str) -> None:
     print(f"demo: {text}", flush=True)
 
@@ -157,7 +174,18 @@ def _say(text: str) -> None:
 def _for_people(line: str) -> str | None:
     """The job's own words: without Ray's prefix, and without Ray's lines about itself."""
     plain = WORKER_PREFIX.sub("", line.rstrip("\n"))
-    noise = (" -- ", "INFO", "WARNING", "Next steps", "Query the", "Request the", "ray job ", "Tailing logs", "-----")
+    noise = (
+        " -- ",
+        "INFO",
+        "WARNING",
+        "Running entrypoint",
+        "Next steps",
+        "Query the",
+        "Request the",
+        "ray job ",
+        "Tailing logs",
+        "-----",
+    )
     if not plain.strip() or any(word in plain[:60] for word in noise):
         return None
     return plain
