@@ -179,7 +179,7 @@ def self_modify(
                 if keys[i] is not None and rule.lambda_d:
                     erased = erased - rule.lambda_d * eta * _outer(_apply(w, keys[i]), keys[i])
                 written[name].append(erased + step)
-        run = written
+        run = written if rule.writes else run
         position = position + 1
 
         # Eq. 90 reads the snapshot; the live read sees this token's own write.

@@ -60,6 +60,8 @@ class MemoryRule:
     """Brings the targets of d -> d memories to unit length."""
     momentum: bool = False
     """Titans' momentum S = beta S - eta G with a data-dependent beta."""
+    writes: bool = True
+    """False: no memory ever writes and the main memory is read as it was learned (a control for experiments)."""
     layerwise_dgd: bool = False
     """Also erases on the input side of W1, along act(W2 k) / |act(W2 k)|. mlp only."""
 

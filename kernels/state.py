@@ -5,7 +5,8 @@ Shapes: B sequences, T tokens, H heads, d head width, h hidden width, F d -> d m
 R stacked rows of all input-side matrices (`MemoryRule.rows`).
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +28,17 @@ class Weights(NamedTuple):
     """All memories of a layer. Leading dims: [H, ...] for initial weights, [B, H, ...] for a state."""
 
     w2: Tensor  # [..., R, d] input side of every memory, stacked along the rows
-    w1: Tensor | None  # [..., F, d, h] output side of the d -> d memories; None for matrix memories
-    g1: Tensor | None  # [..., G, h] output side of the gates; None for matrix memories or without adaptive gates
+    # None where there is no such side; typed Any, because the rule decides it, not each line that uses it.
+    w1: Any = None  # [..., F, d, h] output side of the d -> d memories; None for matrix memories
+    g1: Any = None  # [..., G, h] output side of the gates; None for matrix memories or without adaptive gates
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Weights":
+        """The same with `function` applied to every tensor there is."""
+        return Weights(*(None if w is None else function(w) for w in self))
+
+    def zip(self, other: "Weights", function: Callable[[Tensor, Tensor], Tensor]) -> "Weights":
+        """The same with `function` applied to corresponding tensors."""
+        return Weights(*(None if w is None else function(w, o) for w, o in zip(self, other, strict=True)))
 
 
 class Initial(NamedTuple):
@@ -49,8 +59,8 @@ class MemoryState(NamedTuple):
 
     def detach(self) -> "MemoryState":
         """The same state outside the autograd graph (truncated backpropagation)."""
-        cut = [None if w is None else _map(torch.detach, w) for w in self[:3]]
-        return MemoryState(cut[0], cut[1], cut[2], self.position)  # type: ignore[arg-type]
+        velocity = self.velocity.map(torch.detach) if self.velocity else None
+        return MemoryState(self.start.map(torch.detach), self.run.map(torch.detach), velocity, self.position)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """A flat dict of tensors, for saving."""
@@ -68,11 +78,7 @@ class MemoryState(NamedTuple):
         for part in ("start", "run", "velocity"):
             found = [tensors.get(f"{part}.{name}") for name in Weights._fields]
             parts.append(None if found[0] is None else Weights(*found))  # type: ignore[arg-type]
-        return cls(parts[0], parts[1], parts[2], tensors["position"])  # type: ignore[arg-type]
-
-
-def _map(function, weights: Weights) -> Weights:
-    return Weights(*(None if w is None else function(w) for w in weights))
+        return cls(*parts, position=tensors["position"])  # type: ignore[arg-type]
 
 
 def fresh_state(initial: Initial, rule: MemoryRule, num_sequences: int) -> MemoryState:
@@ -83,8 +89,8 @@ def fresh_state(initial: Initial, rule: MemoryRule, num_sequences: int) -> Memor
         whole = w.unsqueeze(0).expand(num_sequences, *w.shape)
         return torch.zeros_like(whole) if rule.decay == "deviation" else whole
 
-    run = _map(start, weights)
-    velocity = _map(torch.zeros_like, run) if rule.momentum else None
+    run = weights.map(start)
+    velocity = run.map(torch.zeros_like) if rule.momentum else None
     position = torch.zeros(num_sequences, dtype=torch.long, device=weights.w2.device)
     return MemoryState(run, run, velocity, position)
 

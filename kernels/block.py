@@ -1,0 +1,330 @@
+"""One step of the chunk-parallel form: up to 64 tokens that share their snapshots.
+
+All memories of a layer share k, eta and alpha, hence one Gram matrix and one triangular factor per block; their
+input-side matrices are stacked, so that a block is a few large batched products. Decay ratios are formed in log space.
+Batch N = sequences x heads, c tokens; other letters as in `state`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.layout import RowMask
+from kernels.ops import activate, activation_pair, l2norm, triangular_inverse_times
+from kernels.rule import GATES, MemoryRule
+from kernels.state import Initial, Weights
+
+NEVER = float("-inf")
+
+
+class Decay(NamedTuple):
+    """Products of alpha (and beta) over one block. The last three fields and `steps` only with momentum."""
+
+    eta: Tensor  # [N, c]
+    gamma: Tensor  # [N, c] product of alpha up to and including the token
+    gamma_before: Tensor  # [N, c] the same without the token
+    ratio: Tensor  # [N, c, c] gamma_t / gamma_i for i <= t, else 0
+    ratio_before: Tensor  # [N, c, c] gamma_{t-1} / gamma_i for i < t, else 0
+    last: Tensor  # [N, c] gamma_c / gamma_i
+    steps: Any = None  # [N, c, c] weight of gradient i in M_t without erasure
+    sigma: Any = None  # [N, c] weight of the incoming velocity in M_t
+    last_velocity: Any = None  # [N, c] weight of gradient i in the outgoing velocity
+    keep_velocity: Any = None  # [N] weight of the incoming velocity in the outgoing one
+
+
+class Written(NamedTuple):
+    """The writes of one block: M_t = gamma_t M_0 + sigma_t S_0 + sum_i (ratio_ti a_i + steps_ti b_i) key_i^T."""
+
+    a: Tensor  # [..., c, r]
+    b: Any  # the same, only with momentum
+    run: Tensor  # [..., r, key] M at the end of the block
+    velocity: Any
+
+
+def block_decay(rule: MemoryRule, logits: Tensor, beta_logit: Tensor | None, valid: Tensor | None) -> Decay:
+    """Gate logits [N, c, 2] (eta, alpha) to decay products."""
+    eta_logit, alpha_logit = logits.unbind(-1)
+    eta = rule.eta_limit * torch.sigmoid(eta_logit)
+    log_alpha = F.logsigmoid(alpha_logit)
+    if valid is not None:  # an empty slot neither decays nor writes
+        eta, log_alpha = eta * valid, log_alpha * valid
+    log_gamma = log_alpha.cumsum(-1)
+    log_before = log_gamma - log_alpha
+    last = (log_gamma[:, -1:] - log_gamma).exp()
+    c = eta.shape[-1]
+    later = torch.ones(c, c, dtype=torch.bool, device=eta.device).triu()
+    ratio_before = (log_before.unsqueeze(-1) - log_gamma.unsqueeze(-2)).masked_fill(later, NEVER).exp()
+    later = later.triu(1)
+    ratio = (log_gamma.unsqueeze(-1) - log_gamma.unsqueeze(-2)).masked_fill(later, NEVER).exp()
+    common = (eta, log_gamma.exp(), log_before.exp(), ratio, ratio_before, last)
+    if beta_logit is None:
+        return Decay(*common)
+    log_beta = F.logsigmoid(beta_logit)
+    adds = torch.ones_like(eta)
+    if valid is not None:
+        log_beta, adds = log_beta * valid, adds * valid
+    log_b = log_beta.cumsum(-1)
+    carried = (log_b.unsqueeze(-1) - log_b.unsqueeze(-2)).masked_fill(later, NEVER).exp()
+    added = ratio * adds.unsqueeze(-2)
+    steps = added @ carried * eta.unsqueeze(-2)
+    sigma = (added @ log_b.exp().unsqueeze(-1)).squeeze(-1)
+    return Decay(*common, steps, sigma, carried[:, -1] * eta, log_b[:, -1].exp())
+
+
+def _wide(x: Tensor, like: Tensor, dims: int) -> Tensor:
+    """x [N, ...] with ones inserted after N and `dims` more at the end, to broadcast against `like`."""
+    return x.view(x.shape[0], *(1,) * (like.dim() - x.dim() - dims), *x.shape[1:], *(1,) * dims)
+
+
+def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """base + left^T right over any leading dims."""
+    flat = (t.flatten(0, -3) for t in (base, left.mT, right))
+    return torch.baddbmm(*flat).view(base.shape)
+
+
+def write(
+    rule: MemoryRule, decay: Decay, keys: Tensor, gradients: Tensor, run: Tensor, velocity: Any,
+    erase: tuple[Tensor, Tensor] | None,
+) -> Written:  # fmt: skip
+    """One block of writes with keys [..., c, key] and gradient factors [..., c, r] on run [..., r, key].
+
+    erase: (Gram matrix of the keys, keys @ run^T) where the rank-one erasure acts, else None.
+    """
+    last = _wide(decay.last, gradients, 1)
+    kept = _wide(decay.gamma[:, -1], run, 2) * run
+    if erase is not None:
+        gram, read = erase
+        lower = _wide((rule.lambda_d * decay.eta).unsqueeze(-1) * decay.ratio_before, gram, 0) * gram
+        seen = _wide(rule.lambda_d * decay.gamma_before, gradients, 1) * read
+    minus_eta = _wide(-decay.eta, gradients, 1)
+    if velocity is None:
+        a = minus_eta * (gradients if erase is None else gradients + seen)
+        a = a if erase is None else triangular_inverse_times(lower, a)
+        return Written(a, None, _add_product(kept, last * a, keys), None)
+
+    b = -gradients
+    new_velocity = _wide(decay.keep_velocity, velocity, 2) * velocity
+    new_velocity = _add_product(new_velocity, _wide(decay.last_velocity, b, 1) * b, keys)
+    kept = kept + _wide(decay.sigma[:, -1], run, 2) * velocity
+    added = _wide(decay.steps[:, -1], b, 1) * b
+    a = torch.zeros_like(b)
+    if erase is not None:
+        sigma_before = F.pad(decay.sigma[:, :-1], (1, 0))
+        steps_before = F.pad(decay.steps[:, :-1], (0, 0, 1, 0))
+        own = _wide(sigma_before, gradients, 1) * (keys @ velocity.mT) + (_wide(steps_before, gram, 0) * gram) @ b
+        a = triangular_inverse_times(lower, minus_eta * (seen + rule.lambda_d * own))
+        added = added + last * a
+    return Written(a, b, _add_product(kept, added, keys), new_velocity)
+
+
+class BlockStep:
+    """The constants of one call: rule, sizes, initial weights folded over sequences and heads; called per block."""
+
+    def __init__(self, rule: MemoryRule, initial: Initial, num_sequences: int, dtype: torch.dtype) -> None:
+        self.rule = rule
+        w2, w1 = initial.weights.w2, initial.weights.w1
+        self.num_heads, num_rows, head_dim = w2.shape
+        self.mlp = rule.memory == "mlp"
+        hidden = w1.shape[-1] if self.mlp else 0
+        # Rows per d -> d memory and per gate in the stacked input side.
+        self.width, self.gate_width = (hidden, hidden) if self.mlp else (head_dim, 1)
+        self.num_full, self.num_gates = len(rule.full_names), len(rule.gate_names)
+        self.full_rows = self.num_full * self.width
+        self.gate_rows = num_rows - self.full_rows
+
+        def fold(w: Tensor) -> Tensor:
+            return w.to(dtype).unsqueeze(0).expand(num_sequences, *w.shape).flatten(0, 1)
+
+        self.base = initial.weights.map(fold)
+        self.slow = fold(initial.slow.transpose(0, 1))  # [N, 2, d]
+        self.bias = fold(initial.bias.transpose(0, 1)).unsqueeze(1)  # [N, 1, 2]
+        self.gate_columns = [GATES.index(name) for name in rule.gate_names]
+        self.adaptive_slow = self.slow if self.num_gates == len(GATES) else self.slow[:, self.gate_columns]
+        # What belongs to the main memory's schedule.
+        rows = torch.zeros(num_rows, 1, dtype=torch.bool, device=w2.device)
+        rows[rule.rows("mem", head_dim, hidden)] = True
+        full = torch.zeros(self.num_full, 1, 1, dtype=torch.bool, device=w2.device)
+        full[-1] = True
+        self.of_mem = Weights(rows, full, torch.zeros_like(rows[:1]))
+
+    def split(self, stacked: Tensor, dim: int) -> tuple[Tensor, ...]:
+        """The parts of the d -> d memories, in storage order ("mem" at `num_full - 1`), then that of all gates."""
+        return stacked.split([self.width] * self.num_full + ([self.gate_rows] if self.num_gates else []), dim)
+
+    def masked(self, mask: RowMask, new: Weights, old: Weights) -> Weights:
+        """Rows of the batch in `mask` from `new`, others from `old`."""
+        if isinstance(mask, bool):
+            return new if mask else old
+        rows = mask.repeat_interleave(self.num_heads)
+        return new.zip(old, lambda n, o: torch.where(rows.view(-1, *(1,) * (o.dim() - 1)), n, o))
+
+    def snapshot(self, start: Weights, run: Weights, mem: RowMask, other: RowMask) -> Weights:
+        """start := run where a chunk begins; the main memory has its own chunk length."""
+        if self.rule.chunk_mem == self.rule.chunk_other:
+            return self.masked(mem, run, start)
+        if mem is other:
+            return run if mem else start
+        for_mem, for_other = self.masked(mem, run, start), self.masked(other, run, start)
+        return Weights(*(None if o is None else torch.where(at, m, o)
+                         for at, m, o in zip(self.of_mem, for_mem, for_other, strict=True)))  # fmt: skip
+
+    def whole(self, weights: Weights) -> Weights:
+        """The weights themselves, given what the state holds of them."""
+        return weights if self.rule.decay == "literal" else weights.zip(self.base, torch.add)
+
+    def output(self, hidden: Tensor, w1: Tensor | None, x: Tensor) -> Tensor:
+        """M(x) of a d -> d memory from W2 x."""
+        if w1 is not None:
+            hidden = activate(self.rule.activation, hidden)
+            return torch.baddbmm(x, hidden, w1.mT) if self.rule.residual else hidden @ w1.mT
+        return x + hidden if self.rule.residual else hidden
+
+    def read_only(self, start: Weights, q: Tensor) -> Tensor:
+        """Outputs of memories that never write, for any number of tokens."""
+        snap = self.whole(start)
+        parts = dict(zip(self.rule.full_names, zip(self.split(snap.w2, 1), self._w1(snap), strict=False), strict=False))
+        if "q" in parts:
+            q = self.output(q @ parts["q"][0].mT, parts["q"][1], q)
+        q = l2norm(q)
+        return self.output(q @ parts["mem"][0].mT, parts["mem"][1], q)
+
+    def _w1(self, snap: Weights) -> Any:
+        return snap.w1.unbind(1) if self.mlp else [None] * self.num_full
+
+    def _gate_output(self, g1: Any, rows: Tensor) -> Tensor:
+        """Adaptive part of the gates [N, c, G] from their hidden rows (act applied)."""
+        if not self.mlp:
+            return rows
+        return (rows.unflatten(-1, (self.num_gates, self.width)) * g1.unsqueeze(1)).sum(-1)
+
+    def gates(self, w2: Any, g1: Any, x: Tensor) -> Tensor:
+        """Logits of eta and alpha [N, c, 2] from the snapshot; w2: the gates' rows, None if none is adaptive."""
+        logits = torch.baddbmm(self.bias, x, self.slow.mT)
+        if w2 is None:
+            return logits
+        y = x @ w2.mT
+        out = self._gate_output(g1, activate(self.rule.activation, y) if self.mlp else y)
+        if self.num_gates == len(GATES):
+            return logits + out
+        return logits + F.pad(out, (1, 0) if self.gate_columns == [1] else (0, 1))
+
+    def errors(self, snap: Weights, k: Tensor, v: Tensor, at_k: Tensor, at_v: Tensor) -> tuple[Tensor, Any]:
+        """Gradient of the inner objective by the outputs: [N, F, c, d] and, if any gate is adaptive, [N, c, G].
+
+        at_k, at_v: what the output side reads, [N, c, R] (hidden activations, or matrix outputs), at k and at v.
+        """
+        rule = self.rule
+
+        def full(x: Tensor) -> Tensor:
+            x = x.unflatten(-1, (self.num_full, self.width)).transpose(1, 2)
+            return x @ snap.w1.mT if self.mlp else x
+
+        sizes, residual = [self.full_rows, self.gate_rows], 1.0 if rule.residual else 0.0
+        if rule.target == "self" and rule.objective == "l2" and not rule.normalize_target:
+            # The target is made by the same weights, so one product serves both.
+            z, (difference, rows) = k - v, (at_k - at_v).split(sizes, -1)
+            error = full(difference)
+            error = error + z.unsqueeze(1) if rule.residual else error
+        else:
+            (full_k, gate_k), (full_v, gate_v) = at_k.split(sizes, -1), at_v.split(sizes, -1)
+            target = v.unsqueeze(1).expand(-1, self.num_full, -1, -1)
+            if rule.target == "self":
+                target = full(full_v) + residual * v.unsqueeze(1)
+            if rule.normalize_target:
+                target = l2norm(target)
+            error = full(full_k) + residual * k.unsqueeze(1) - target if rule.objective == "l2" else -target
+            if self.num_gates and rule.target == "value" and rule.objective == "l2":
+                return error, torch.zeros_like(gate_k[..., : self.num_gates])
+            z, rows = (k - v, gate_k - gate_v) if rule.objective == "l2" else (-v, -gate_v)
+            if rule.target == "value":
+                z, rows = -k, -gate_k
+        return error, z @ self.adaptive_slow.mT + self._gate_output(snap.g1, rows) if self.num_gates else None
+
+    def gradients(self, snap: Weights, error: Tensor, gate_error: Any, slope: Any) -> Tensor:
+        """Gradient of the inner objective by W2 k, [N, c, R]."""
+        parts = [(error @ snap.w1 if self.mlp else error).transpose(1, 2).flatten(2)]
+        if gate_error is not None:
+            parts.append((gate_error.unsqueeze(-1) * snap.g1.unsqueeze(1)).flatten(2) if self.mlp else gate_error)
+        gradient = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
+        return gradient * slope if self.mlp else gradient
+
+    def __call__(
+        self, start: Weights, run: Weights, velocity: Weights | None, x: dict[str, Tensor], valid: Tensor | None
+    ) -> tuple[Tensor, Weights, Weights | None]:
+        """One block: x holds [N, c, d] inputs; returns outputs [N, c, d], the running weights and the velocity."""
+        rule, speed = self.rule, velocity or Weights(None, None, None)  # type: ignore[arg-type]
+        snap = self.whole(start)
+        w2 = dict(zip((*rule.full_names, "gates"), self.split(snap.w2, 1), strict=False))
+        w1 = dict(zip(rule.full_names, self._w1(snap), strict=True))
+
+        # Eq. 83 with the snapshot's weights.
+        def made(name: str) -> Tensor:
+            return self.output(x[name] @ w2[name].mT, w1[name], x[name]) if name in w2 else x[name]
+
+        k, v, q = l2norm(made("k")), made("v"), l2norm(made("q"))
+        v = l2norm(v) if rule.normalize_v else v
+        decay = block_decay(rule, self.gates(w2.get("gates"), snap.g1, x["gate"]), x.get("beta_logit"), valid)
+
+        # Eq. 84-88: gradients at the snapshot, then all writes of the block at once.
+        pre_k, pre_v = k @ snap.w2.mT, v @ snap.w2.mT
+        at_k, slope, at_v = pre_k, None, pre_v
+        if self.mlp:
+            (at_k, slope), at_v = activation_pair(rule.activation, pre_k), activate(rule.activation, pre_v)
+        error, gate_error = self.errors(snap, k, v, at_k, at_v)
+        erase = None
+        if rule.lambda_d:
+            erase = k @ k.mT, pre_k if run is start and rule.decay == "literal" else k @ run.w2.mT
+        gradient = self.gradients(snap, error, gate_error, slope)
+        wrote = write(rule, decay, k, gradient, run.w2, speed.w2, erase)
+        new, new_speed = Weights(wrote.run), Weights(wrote.velocity)
+        if self.mlp:
+            full, gates = at_k.split([self.full_rows, self.gate_rows], -1)
+            s = full.unflatten(-1, (self.num_full, self.width)).transpose(1, 2)
+            wrote1, keys1 = self._write_output_side(decay, s, error, run.w1, speed.w1)
+            new, new_speed = new._replace(w1=wrote1.run), new_speed._replace(w1=wrote1.velocity)
+            if gate_error is not None:
+                s = gates.unflatten(-1, (self.num_gates, self.width)).transpose(1, 2)
+                e, v1 = gate_error.mT.unsqueeze(-1), None if velocity is None else velocity.g1.unsqueeze(2)
+                wrote_gate, _ = self._write_output_side(decay, s, e, run.g1.unsqueeze(2), v1)
+                new = new._replace(g1=wrote_gate.run.squeeze(2))
+                if velocity is not None:
+                    new_speed = new_speed._replace(g1=wrote_gate.velocity.squeeze(2))
+        new_velocity = None if velocity is None else new_speed
+        if rule.read == "frozen":
+            return self.output(q @ w2["mem"].mT, w1["mem"], q), new, new_velocity
+
+        # The live read: W_t q_t is what the block began with plus a masked product with its own writes.
+        def mem(stacked: Any, dim: int) -> Any:
+            return None if stacked is None else self.split(stacked, dim)[self.num_full - 1]
+
+        part = Written(mem(wrote.a, -1), mem(wrote.b, -1), mem(run.w2, 1), mem(speed.w2, 1))
+        out = self._read(decay, q, q @ k.mT, part, mem(self.base.w2, 1))
+        if self.mlp:
+            part = Written(*(None if t is None else t.unbind(1)[-1] for t in (wrote1.a, wrote1.b, run.w1, speed.w1)))  # type: ignore[arg-type]
+            s = activate(rule.activation, out)
+            out = self._read(decay, s, s @ keys1.unbind(1)[-1].mT, part, self.base.w1[:, -1])
+        return q + out if rule.residual else out, new, new_velocity
+
+    def _write_output_side(
+        self, decay: Decay, s: Tensor, error: Tensor, run: Tensor, velocity: Any
+    ) -> tuple[Written, Tensor]:
+        """Writes W1 [N, F, d, h] with hidden activations s [N, F, c, h]; returns the keys it used."""
+        if not self.rule.layerwise_dgd or not self.rule.lambda_d:
+            return write(self.rule, decay, s, error, run, velocity, None), s
+        unit = l2norm(s)
+        # error s^T = (error |s|) unit^T with the |s| that l2norm divided by.
+        length = (s * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True).clamp_min(1e-30)
+        erase = (unit @ unit.mT, unit @ run.mT)
+        return write(self.rule, decay, unit, error * length, run, velocity, erase), unit
+
+    def _read(self, decay: Decay, q: Tensor, gram: Tensor, before: Written, base: Tensor) -> Tensor:
+        """W_t q_t for every token t, W_t the matrix after its own write; `before` holds W_0 and S_0."""
+        out = decay.gamma.unsqueeze(-1) * (q @ before.run.mT)
+        if self.rule.decay == "deviation":
+            out = torch.baddbmm(out, q, base.mT)
+        if before.velocity is not None:
+            out = out + decay.sigma.unsqueeze(-1) * (q @ before.velocity.mT)
+        out = torch.baddbmm(out, decay.ratio * gram, before.a)
+        return out if before.b is None else torch.baddbmm(out, decay.steps * gram, before.b)
