@@ -89,8 +89,7 @@ class LevelEngine:
         )
         self.layouts = [self._layout(group, master) for group, master in zip(groups, self.masters, strict=True)]
         self._pieces = [layout.pieces(self.rank) for layout in self.layouts]
-        if levels.dtype == "bf16":
-            self._write_masters(originals)
+        self._write_masters(originals)
         del originals
 
         self.state_keys = self._create_optimizer_state()
@@ -328,8 +327,12 @@ class LevelEngine:
                     yield f"{name}.{kind}", Fragment(view, start, self._shapes[name].numel())
 
     def _write_masters(self, originals: dict[str, Tensor]) -> None:
-        """Starts the masters from the weights before they were rounded to bf16."""
+        """Starts the masters from the weights before they were rounded to bf16, and padding from zero.
+
+        ZeRO-3 leaves padding uninitialised; it would enter the norms.
+        """
         for names, pieces, master in zip(self.group_names, self._pieces, self.masters, strict=True):
+            master.data.zero_()
             for index, offset, start, length in pieces:
                 source = originals[names[index]].view(-1).narrow(0, start, length)
                 master.data.narrow(0, offset, length).copy_(source)
