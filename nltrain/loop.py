@@ -8,26 +8,30 @@ from typing import Any
 
 from nltrain.config import RunConfig
 from nltrain.run import Run
+from nltrain.track.supervision import Supervision
 
 
-def train(config: RunConfig) -> dict[str, Any]:
+def train(config: RunConfig, supervision: Supervision | None = None) -> dict[str, Any]:
     """Start the run that `config` describes, or go on with it, until its last quantum; every rank calls this.
 
-    torch.distributed must be initialised. Returns the run's summary on rank 0 and the counts of the levels elsewhere.
+    torch.distributed must be initialised. Returns the run's summary on rank 0 and the counts of the levels elsewhere;
+    where `supervision` asked to leave before the end, {"left": why, "tokens": T of the checkpoint} on every rank.
     Raises ConfigError, StoreError, DataError or CheckpointError with one line that says what to do.
     """
-    with Run(config) as run:
+    with Run(config, supervision) as run:
         run.resume()
         for quantum in run.quanta():
             for batch in run.micro_batches(quantum):
                 run.levels.start_micro_step()
                 loss_sum = run.model.loss(batch.tokens, batch.targets, batch.document_starts)
-                run.levels.backward(loss_sum, batch.num_targets)
                 run.meter.add(loss_sum, batch.num_targets)
+                run.levels.backward(loss_sum, batch.num_targets)
             ticks = run.levels.finish_quantum()
             run.log(ticks)
             if run.validation_is_due():
                 run.validate()
             if run.checkpoint_is_due():
                 run.save()
+            if run.must_leave():
+                return run.leave()
         return run.finish()

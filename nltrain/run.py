@@ -19,17 +19,32 @@ import torch.distributed as dist
 
 from nltrain.checkpoint.checkpointer import Checkpointer
 from nltrain.checkpoint.load import Loaded
+from nltrain.checkpoint.ranks import Ranks
 from nltrain.checkpoint.rng import capture_rng, restore_rng
-from nltrain.config import RunConfig, to_dict
-from nltrain.data import Batch, TokenStream, open_plan, open_store
+from nltrain.config import ConfigError, RunConfig, to_dict
+from nltrain.data import Batch, MissingObjectError, StoreError, TokenStream, open_plan, open_store
 from nltrain.evaluate import Validation, sample_text, weights_sha256
 from nltrain.fragment import Fragment
 from nltrain.levels.quantum import cut_quantum
 from nltrain.levels.scheduler import LevelScheduler, Tick
 from nltrain.model import build
+from nltrain.track.events import read_events, reason_of
 from nltrain.track.metrics import MetricsLog, read_rows
 from nltrain.track.progress import Meter, Speed, duration, memory_bytes, progress_line
 from nltrain.track.report import write_report
+from nltrain.track.status import StatusBoard, read_history
+from nltrain.track.supervision import (
+    FINISHING,
+    LEFT_AS,
+    SAVING,
+    STARTING,
+    TRAINING,
+    VALIDATING,
+    WAITING_FOR_DATA,
+    Supervision,
+    Unsupervised,
+    Wish,
+)
 from nltrain.track.wandb_view import open_view
 
 # Fields that may differ between a checkpoint and the run that resumes it: they decide where and how fast, not what.
@@ -60,18 +75,20 @@ MAY_CHANGE = (
 class Run:
     """One rank's part of a run. Use as a context manager; every method is called by all ranks alike."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, supervision: Supervision | None = None) -> None:
         self.config = config
+        self._supervision = supervision or Unsupervised(time.time())
+        self._supervision.beat(STARTING, 0)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.folder = Path(config.output)
         self.device = torch.device(config.cluster.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.plan = open_plan(config.data)
-        self.checkpoints = Checkpointer(
-            open_store(config.checkpoint.url), config.name, attempt=None, config=config.checkpoint
-        )
+        self._store = open_store(config.checkpoint.url)
+        self.checkpoints = Checkpointer(self._store, config.name, attempt=None, config=config.checkpoint)
         self.attempt = self.checkpoints.attempt
+        self._ranks = Ranks(config.cluster.process_group_timeout_s)
         torch.manual_seed(config.train.seed)
         self.model = build(config.model).to(self.device)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
@@ -82,7 +99,10 @@ class Run:
         self._wait_s = 0.0
         self._validation: Validation | None = None
         self._saved_at = -1
+        self._wish = Wish.GO_ON
+        self._quanta_done = 0
         self._metrics: MetricsLog | None = None
+        self._status: StatusBoard | None = None
         self._view = open_view(config.track, self.rank, config.name, self._wandb_id, str(self.folder), to_dict(config))
 
     def __enter__(self) -> Self:
@@ -94,6 +114,8 @@ class Run:
         self._view.close(exit_code=0 if kind is None else 1)
         if self._metrics:
             self._metrics.close()
+        if self._status:
+            self._status.close()
         self.levels.close()
 
     # ---- beats of the loop, in order ---------------------------------------------------------------------------------
@@ -116,7 +138,13 @@ class Run:
         """This rank's batches of one quantum; every rank gets equally many, padding where it has no sequence."""
         assert self._stream is not None
         for _ in self._cut():
-            yield next(self._stream).to(self.device, non_blocking=True)
+            self._beat(WAITING_FOR_DATA)
+            batch = next(self._stream).to(self.device, non_blocking=True)
+            # Whatever is built or compiled on first use belongs to the start.
+            self._beat(TRAINING if self._quanta_done else STARTING)
+            self.meter.start()
+            yield batch
+        self._quanta_done += 1
 
     def log(self, ticks: list[Tick]) -> None:
         """A metrics row per tick; every `track.log_every_quanta` a row and a line for the steps since the last one."""
@@ -126,7 +154,7 @@ class Run:
         step = self.tokens // self.config.quantum_tokens
         if step % every and step != self.config.num_quanta:
             return
-        loss, seconds = self.meter.take()
+        loss, seconds, slowest_rank, slowest_over_median = self.meter.take()
         tokens = (step - 1) % every * self.config.quantum_tokens + self.config.quantum_tokens
         wait_s = self._take_wait_s()
         memory = memory_bytes(self.device)
@@ -142,6 +170,8 @@ class Run:
             seconds=round(seconds, 4),
             tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
             data_wait_s=round(wait_s, 5),
+            slowest_rank=slowest_rank,
+            slowest_over_median=round(slowest_over_median, 3),
             memory_bytes=memory,
             level_updates=self._level_updates(),
         )
@@ -150,6 +180,7 @@ class Run:
         share = wait_s / max(seconds, 1e-9)
         line = progress_line(step, self.config.num_quanta, self.tokens, loss, speed, share, memory, eta_s, names)
         print(line, flush=True)
+        self._show("training", loss=loss if math.isfinite(loss) else None, tokens_per_s=round(speed, 1))
 
     def validation_is_due(self) -> bool:
         every, quantum = self.config.train.validate_every_tokens, self.config.quantum_tokens
@@ -160,10 +191,12 @@ class Run:
 
     def validate(self) -> None:
         """Loss and perplexity on the held-out sequences, beside what counting alone achieves."""
+        started_s = time.monotonic()
+        self._beat(VALIDATING)
         if self._validation is None:
             self._validation = Validation(self.config, self.rank, self.world_size, self.device)
         result = self._validation.run(self.model)
-        self._row("validation", **result)
+        self._row("validation", **result, seconds=round(time.monotonic() - started_s, 3))
         if self.rank == 0:
             beside = "".join(
                 f", {name} {result[key]:.4f}"
@@ -182,6 +215,7 @@ class Run:
 
     def save(self) -> None:
         """Start a checkpoint of this moment; training waits for the copy to host memory only."""
+        self._beat(SAVING)
         state = {
             "config": to_dict(self.config),
             "dataset_fingerprint": "-".join(dataset.fingerprint for dataset in self.plan.datasets),
@@ -195,11 +229,32 @@ class Run:
         self.checkpoints.save(self.tokens, self.levels.fragments(), state, own, weights)
         self._saved_at = self.tokens
         self._log_saves()
+        self.meter.restart_clock()
+
+    def must_leave(self) -> bool:
+        """Whether any rank was told to leave: preemption, a resize, the user's stop. Collective, off the device."""
+        self._wish = Wish(max(row[0] for row in self._ranks.gather_ints([int(self._supervision.wish())])))
+        return self._wish != Wish.GO_ON
+
+    def leave(self) -> dict[str, Any]:
+        """Save this moment and go, before the run is complete. Returns what `left` says why."""
+        left = LEFT_AS[self._wish]
+        if self._saved_at != self.tokens:
+            self.save()
+        self._beat(SAVING)
+        self.checkpoints.wait()
+        self._log_saves()
+        self._row("end", reason=left, level_updates=self._level_updates())
+        self._show(left, force=True)
+        if self.rank == 0:
+            print(f"{left}: checkpoint at {self.tokens:,} tokens is committed", flush=True)
+        return {"left": left, "tokens": self.tokens}
 
     def finish(self) -> dict[str, Any]:
         """The last checkpoint, the sample and the summary. Returns the summary on rank 0, the counts elsewhere."""
         if self._saved_at != self.tokens:
             self.save()
+        self._beat(FINISHING)
         self.checkpoints.wait()
         self._log_saves()
         digest = weights_sha256(self.levels)
@@ -212,6 +267,7 @@ class Run:
         if self.rank != 0:
             return {"level_updates": self._level_updates()}
         summary = write_report(self.folder)
+        self._show("finished", force=True, summary=summary)
         print(
             f"finished: {summary['tokens']:,} tokens in {duration(summary['seconds'])}, "
             f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}; {self.folder / 'summary.json'}",
@@ -232,9 +288,12 @@ class Run:
 
     def _level_updates(self) -> dict[str, dict[str, int]]:
         """Updates made and left out, beside what the clock alone says was due by T."""
-        clocks = self.levels.clocks
+
+        def due(name: str) -> int:
+            return 0 if self.levels.engines[name].config.frozen else self.levels.clocks[name].ticks(self.tokens)
+
         return {
-            name: {"done": count["done"], "skipped": count["skipped"], "due": clocks[name].ticks(self.tokens)}
+            name: {"done": count["done"], "skipped": count["skipped"], "due": due(name)}
             for name, count in self.levels.counts.items()
         }
 
@@ -270,6 +329,7 @@ class Run:
 
     def _announce(self, loaded: Loaded | None) -> None:
         """Note this attempt: who takes part, where it starts, and what an earlier one had done beyond that point."""
+        self._claim_folder()
         ranks = self.folder / "ranks"
         ranks.mkdir(parents=True, exist_ok=True)
         who = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "attempt": self.attempt}
@@ -280,20 +340,35 @@ class Run:
         if self.rank != 0:
             return
         before = [row["tokens"] for row in read_rows(self.folder) if row["kind"] == "step"]
-        lost = max(0, max(before, default=0) - self.tokens)
+        history = read_history(self._store, self.config.name, MissingObjectError) if self.attempt > 1 else {}
+        lost = max(0, max(before, default=0) - self.tokens, history.get("max_tokens", 0) - self.tokens)
+        reason = self._why_again(history)
         self._metrics = MetricsLog(self.folder, self.attempt)
+        self._status = StatusBoard(self.folder, self._store, self.config.name)
+        self._status.restore(history)
+        self._status.begin(
+            attempt=self.attempt,
+            workers=self.world_size,
+            from_tokens=self.tokens,
+            tokens_lost=lost,
+            reason=reason,
+            time_s=time.time(),
+        )
+        self._show("starting", force=True)
         self._row(
             "attempt",
             workers=self.world_size,
             resumed_from=loaded.name if loaded else None,
             tokens_lost=lost,
+            reason=reason,
+            started_s=round(self._supervision.started_s, 3),
             python=sys.version.split()[0],
             torch=torch.__version__,
         )
         if loaded:
             print(
                 f"attempt {self.attempt}: resumed from checkpoint {loaded.name} at {self.tokens:,} tokens with "
-                f"{self.world_size} workers; {lost:,} tokens are trained again",
+                f"{self.world_size} workers; {lost:,} tokens are trained again ({reason})",
                 flush=True,
             )
         else:
@@ -305,6 +380,59 @@ class Run:
                 f"({row['mode']})",
                 flush=True,
             )
+
+    def _claim_folder(self) -> None:
+        """The folder belongs to one run: rows of two would be told apart by nothing."""
+        if self.rank != 0:
+            return
+        owner = self.folder / "run.json"
+        if owner.exists() and (other := json.loads(owner.read_text())["name"]) != self.config.name:
+            raise ConfigError(
+                f"output={self.config.output}: holds the run {other!r}; give {self.config.name!r} a folder of its own"
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        owner.write_text(json.dumps({"name": self.config.name, "checkpoint_url": self.config.checkpoint.url}))
+
+    def _why_again(self, history: dict[str, Any]) -> str:
+        """Why there is another attempt: what the controller or a watchdog noted since the last one began."""
+        if self.attempt == 1:
+            return ""
+        since_s = max((attempt["time_s"] for attempt in history.get("attempts", [])), default=0.0)
+        try:
+            return reason_of(read_events(self._store, self.config.name, since_s)) or "submitted again"
+        except StoreError as error:
+            return f"reason not known ({error})"
+
+    def _beat(self, phase: str) -> None:
+        self._supervision.beat(phase, self.tokens)
+
+    def _show(self, state: str, force: bool = False, **values: Any) -> None:
+        """Bring `status.json` up to date."""
+        if not self._status:
+            return
+        levels = {
+            name: {"next_tick_tokens": self._next_tick(name), "period_tokens": self.levels.clocks[name].period} | count
+            for name, count in self._level_updates().items()
+        }
+        self._status.update(
+            force,
+            state=state,
+            tokens=self.tokens,
+            total_tokens=self.config.num_quanta * self.config.quantum_tokens,
+            attempt=self.attempt,
+            workers=self.world_size,
+            checkpoint_url=self.config.checkpoint.url,
+            output=self.config.output,
+            levels=levels,
+            **values,
+        )
+
+    def _next_tick(self, name: str) -> int | None:
+        """T of the level's next update; None where it has none."""
+        if self.levels.engines[name].config.frozen:
+            return None
+        clock, quantum = self.levels.clocks[name], self.config.quantum_tokens
+        return -(-((clock.ticks(self.tokens) + 1) * clock.period - clock.phase) // quantum) * quantum
 
     def _row(self, kind: str, **values: Any) -> None:
         if self._metrics:

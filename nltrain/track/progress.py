@@ -3,34 +3,76 @@
 import resource
 import sys
 import time
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 
+class Interval(NamedTuple):
+    """What happened between two log rows, over all ranks."""
+
+    loss: float  # nats per token
+    seconds: float
+    slowest_rank: int
+    slowest_over_median: float  # forward time of the slowest rank over the median rank's
+
+
 class Meter:
-    """Sums losses and targets between two log rows; the only host sync is in `take`."""
+    """Sums losses, targets and this rank's forward time between two log rows; the only host sync is in `take`."""
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # [sum of losses in nats, targets]
         self._started_s = time.monotonic()
+        self._forward_s = 0.0
+        self._begun: Any = None
+        self._events: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        """A forward pass begins. Forward passes wait for no other rank (but for gathers at ZeRO-3)."""
+        self._begun = self._now()
 
     def add(self, loss_sum: torch.Tensor, num_targets: int) -> None:
+        """A forward pass has ended; call it before the backward, which waits for the other ranks."""
+        if self._begun is not None:
+            if self._device.type == "cuda":
+                self._events.append((self._begun, self._now()))
+            else:
+                self._forward_s += self._now() - self._begun
         self._sums[0] += loss_sum.detach()
         self._sums[1] += num_targets
 
-    def take(self) -> tuple[float, float]:
-        """(mean loss over all ranks in nats per token, seconds since the last take); resets. Collective."""
-        dist.all_reduce(self._sums)
-        loss_sum, targets = self._sums.tolist()
+    def take(self) -> Interval:
+        """The interval since the last take, over all ranks; resets. Collective."""
+        for begun, ended in self._events:
+            ended.synchronize()
+            self._forward_s += begun.elapsed_time(ended) / 1000
+        self._events.clear()
+        rank, size = dist.get_rank(), dist.get_world_size()
+        shared = torch.zeros(2 + size, dtype=torch.float64, device=self._device)
+        shared[:2] = self._sums
+        shared[2 + rank] = self._forward_s
+        dist.all_reduce(shared)
+        loss_sum, targets, *forward_s = shared.tolist()
         self._sums.zero_()
+        self._forward_s = 0.0
         now_s = time.monotonic()
         seconds, self._started_s = now_s - self._started_s, now_s
-        return loss_sum / max(targets, 1.0), seconds
+        median = sorted(forward_s)[(size - 1) // 2]
+        slowest = max(range(size), key=lambda other: forward_s[other])
+        return Interval(loss_sum / max(targets, 1.0), seconds, slowest, forward_s[slowest] / max(median, 1e-9))
 
     def restart_clock(self) -> None:
         """Forget the time since the last row: it went into validation or a checkpoint, not into steps."""
         self._started_s = time.monotonic()
+
+    def _now(self) -> Any:
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class Speed:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nltrain.track.goodput import goodput
 from nltrain.track.metrics import Row, effective, read_rows
 
 
@@ -39,6 +40,7 @@ def summarise(rows: list[Row]) -> dict[str, Any]:
         "data_wait_share": round(sum(row["data_wait_s"] for row in steps) / max(trained_s, 1e-9), 5),
         "finished": bool(ends) and ends[-1]["reason"] == "finished",
         "weights_sha256": last.get("weights_sha256"),
+        "goodput": goodput(rows),
     }
 
 
@@ -96,7 +98,8 @@ def loss_plot(rows: list[Row], path: Path) -> None:
         )
         for name, style in (("unigram_entropy", "--"), ("bigram_entropy", ":")):
             value = validations[-1][name]
-            axes.axhline(value, color="grey", linestyle=style, label=f"{name.replace('_', ' ')} {value:.2f}")
+            if value is not None:
+                axes.axhline(value, color="grey", linestyle=style, label=f"{name.replace('_', ' ')} {value:.2f}")
     axes.set_xlabel("training tokens")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     axes.set_ylabel("loss, nats per token")
