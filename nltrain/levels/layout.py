@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Piece(NamedTuple):
-    """shard[offset : offset + length] of one rank are elements [start, start + length) of one parameter of the group."""
+    """shard[offset : offset + length] of one rank is elements [start, start + length) of one parameter of the group."""
 
     parameter: int
     offset: int

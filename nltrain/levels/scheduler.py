@@ -226,11 +226,7 @@ class LevelScheduler:
     def _has_window(self, name: str) -> bool:
         """Whether reduced sums of an unfinished window exist; equal on all ranks."""
         window = self.engines[name].window
-        if window is None:
-            return False
-        if isinstance(window, LocalWindow):
-            return window.has_folded
-        return self.tokens > self._levels[name].last_tick_tokens
+        return window is not None and window.has_reduced
 
     def _has_local(self, name: str) -> bool:
         window = self.engines[name].window
@@ -290,8 +286,7 @@ class LevelScheduler:
             self._levels[name].last_tick_tokens = level["last_tick_tokens"]
             if engine.window is not None:
                 engine.window.clear()
-                if isinstance(engine.window, LocalWindow):
-                    engine.window.has_folded = level["reduced_window"]
+                engine.window.has_reduced = level["reduced_window"]
 
     def load(self, state: dict[str, Any], rank_states: Sequence[dict[str, Tensor]] = ()) -> None:
         """After the fragments were filled: restores counters and refreshes the forward weights. A collective.

@@ -36,6 +36,7 @@ class GradientWindow:
         self.name, self.layouts, self.device, self.ledger = name, list(layouts), device, ledger
         self.reduce_dtype = reduce_dtype
         self.world_size = layouts[0].world_size
+        self.has_reduced = False  # shards hold part of the window; equal on all ranks
         self.shards = [torch.zeros(layout.shard_numel, dtype=torch.float32, device=device) for layout in layouts]
         self._admitted = torch.ones((), dtype=torch.bool, device=device)
         self._hooks = [
@@ -67,6 +68,7 @@ class GradientWindow:
         """Starts the next window."""
         for shard in self.shards:
             shard.zero_()
+        self.has_reduced = False
 
     def reduce(self) -> list[Tensor]:
         """Sums over all ranks and the whole window, this rank's shard per group; valid until `clear`."""
@@ -104,7 +106,6 @@ class LocalWindow(GradientWindow):
             for layout in self.layouts
         ]
         self.has_local = False  # sums hold something; equal on all ranks
-        self.has_folded = False  # shards hold something
 
     def _accumulate(self, group: int, index: int, gradient: Tensor) -> None:
         add_parameter(self.layouts[group], self.sums[group], index, gradient)
@@ -125,13 +126,13 @@ class LocalWindow(GradientWindow):
         for shard, reduced, sums in zip(self.shards, self._reduce_sums(FOLD), self.sums, strict=True):
             shard.add_(reduced)
             sums.zero_()
-        self.has_local, self.has_folded = False, True
+        self.has_local, self.has_reduced = False, True
 
     def reduce(self) -> list[Tensor]:
         if not self.has_local:
             return self.shards
         reduced = self._reduce_sums(GRADIENTS)
-        if self.has_folded:
+        if self.has_reduced:
             for total, shard in zip(reduced, self.shards, strict=True):
                 total.add_(shard)
         return reduced
@@ -140,7 +141,7 @@ class LocalWindow(GradientWindow):
         super().clear()
         for sums in self.sums:
             sums.zero_()
-        self.has_local = self.has_folded = False
+        self.has_local = False
 
     def local_sum(self, group: int, index: int) -> Tensor:
         """This rank's unreduced sum for one whole parameter, flattened; a copy."""
@@ -194,6 +195,7 @@ class ShardedWindow(GradientWindow):
                 self._flush(group)
         while self._in_flight:
             self._land()
+        self.has_reduced = True
         self._next = len(self.layouts) - 1
         for seen in self._seen:
             seen.clear()
