@@ -11,7 +11,6 @@ import time
 
 import pytest
 import torch
-from checkpoint_support import FaultyStore, assert_filled, held, settings, wanted
 
 from nltrain.checkpoint import (
     Checkpointer,
@@ -27,6 +26,7 @@ from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.checkpoint.tree import sha256_of
 from nltrain.data.store import StoreError, open_store
 from nltrain.fragment import Fragment
+from tests.checkpoint.support import FaultyStore, assert_filled, held, settings, wanted
 
 CONFIG = {"seed": 1, "lr": 0.1}
 OLD, NEW = checkpoint_name(100, 1), checkpoint_name(200, 1)

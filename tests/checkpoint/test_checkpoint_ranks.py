@@ -4,7 +4,11 @@ import logging
 
 import pytest
 import torch
-from checkpoint_support import (
+
+from nltrain.checkpoint import Checkpointer, CheckpointError, MismatchError, SaveFailedError, StaleAttemptError
+from nltrain.checkpoint.manifest import checkpoint_name, key_of
+from nltrain.data.store import open_store
+from tests.checkpoint.support import (
     LAYOUTS,
     TENSORS,
     FaultyStore,
@@ -14,10 +18,6 @@ from checkpoint_support import (
     settings,
     wanted,
 )
-
-from nltrain.checkpoint import Checkpointer, CheckpointError, MismatchError, SaveFailedError, StaleAttemptError
-from nltrain.checkpoint.manifest import checkpoint_name, key_of
-from nltrain.data.store import open_store
 
 CUTS = sorted(LAYOUTS)
 UNIQUE_BYTES = sum(total * dtype.itemsize for total, dtype in TENSORS.values())

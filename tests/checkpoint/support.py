@@ -129,12 +129,14 @@ def run_ranks(size: int, operation: Callable, *arguments) -> None:
         for process in ranks:
             process.start()
         for process in ranks:
-            process.join(120)
+            process.join(300)
             if process.is_alive():
                 process.kill()
-    if not errors.empty():
-        rank, text = errors.get()
-        raise AssertionError(f"rank {rank} of {size} failed:\n{text}")
+    found = []
+    while not errors.empty():
+        found.append(errors.get())
+    if found:
+        raise AssertionError("\n".join(f"rank {rank} of {size} failed:\n{text}" for rank, text in found))
     assert [process.exitcode for process in ranks] == [0] * size
 
 
