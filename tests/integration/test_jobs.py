@@ -1,0 +1,54 @@
+"""The job files, as a user starts them."""
+
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.mark.parametrize(("job", "parameters"), [("hope_1p3b", 1.3e9), ("hope_760m", 0.76e9)])
+def test_a_dry_run_prints_the_plan_of_a_large_run_on_a_laptop(job, parameters):
+    started_s = time.monotonic()
+    done = start(f"jobs/{job}.py", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    total = int(re.search(r"model: ([\d,]+) parameters", done.stdout)[1].replace(",", ""))
+    assert abs(total / parameters - 1) <= 0.02
+    assert time.monotonic() - started_s < 60
+    peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    assert peak_kib < 4 * 2**20
+    for level in ("base", "fast", "mid", "slow"):
+        assert re.search(rf"^{level} +[\d,]+ +[\d,]+ +[\d,]+", done.stdout, re.MULTILINE)
+
+
+def test_a_dry_run_takes_overrides_and_refuses_what_cannot_run():
+    done = start("jobs/hope_1p3b.py", "--dry-run", "levels.levels.slow.period_tokens=1000")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "slow" in done.stderr and "1000" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_a_cluster_a_job_says_how_to_start_it():
+    done = start("jobs/hope_tiny.py")
+    assert done.returncode == 1
+    assert "RAY_ADDRESS is not set" in done.stderr and "ray job submit" in done.stderr
+
+
+@pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")))
+def test_a_job_can_be_executed_as_it_is(job):
+    assert os.access(job, os.X_OK)
+    assert job.read_text().startswith("#!/usr/bin/env python\n")

@@ -1,0 +1,74 @@
+"""Set-up on a machine that lacks something: it is named, with the package to install, before anything is installed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from nltrain.runtime.jit import clear_stale_locks
+
+ROOT = Path(__file__).resolve().parents[2]
+SETUP = str(ROOT / "cluster" / "setup.py")
+
+
+def check(venv: Path, *prelude: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """cluster/setup.py on a machine that `prelude` (Python statements) makes poorer."""
+    program = "; ".join(["import runpy, sys", *prelude, f"sys.argv = ['setup.py', '--venv', {str(venv)!r}]"])
+    program += f"; runpy.run_path({SETUP!r}, run_name='__main__')"
+    return subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def refused(done: subprocess.CompletedProcess[str], venv: Path, *words: str) -> None:
+    assert done.returncode == 1
+    assert not venv.exists()
+    for word in words:
+        assert word in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_compiler_is_named(tmp_path):
+    refused(check(tmp_path / "v", CXX="no-such-compiler"), tmp_path / "v", "C++ compiler", "apt-get install g++")
+
+
+def test_missing_headers_are_named(tmp_path):
+    prelude = "import sysconfig; sysconfig.get_paths = lambda: {'include': '/nowhere'}"
+    refused(check(tmp_path / "v", prelude), tmp_path / "v", "Python.h", "-dev")
+
+
+def test_a_missing_venv_module_is_named(tmp_path):
+    prelude = (
+        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'ensurepip' else f(n)"
+    )
+    refused(check(tmp_path / "v", prelude), tmp_path / "v", "venv", "apt-get install")
+
+
+def test_too_little_disk_is_named(tmp_path):
+    prelude = "import shutil, collections; shutil.disk_usage = lambda p: collections.namedtuple('U', 'free')(2**30)"
+    refused(check(tmp_path / "v", prelude), tmp_path / "v", "1.0 GiB free", "6 GiB")
+
+
+def test_an_old_python_is_named(tmp_path):
+    prelude = "sys.version_info = (3, 9, 1, 'final', 0)"
+    refused(check(tmp_path / "v", prelude), tmp_path / "v", "3.9.1", "3.11, 3.12 or 3.13")
+
+
+def test_a_finished_environment_is_left_alone():
+    started = subprocess.run([sys.executable, SETUP, "--check"], capture_output=True, text=True, timeout=60)
+    assert started.returncode == 0, started.stderr
+
+
+def test_a_stale_build_lock_is_removed_and_a_fresh_one_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "op" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert clear_stale_locks(stale_after_s=0.3) == [lock]
+    assert not lock.exists()
+    assert clear_stale_locks(stale_after_s=0.3) == []
+
+
+def test_the_uploaded_folder_leaves_environment_and_runs_behind():
+    ignored = (ROOT / ".rayignore").read_text().split()
+    assert {".venv/", "runs/", ".git/"} <= set(ignored)

@@ -1,0 +1,91 @@
+"""The way of a token, whole: real S3, real Ray cluster, real ranks, real SIGKILL."""
+
+import pytest
+
+from nltrain.runtime.demo import kill_one_rank_half_way
+from nltrain.track.metrics import effective, read_rows
+from tests.integration.support import QUANTUM, World, world
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One cluster, three runs of one config: undisturbed, again, and with one rank killed half way."""
+    with world(tmp_path_factory.mktemp("spine")) as here:
+        outputs = {name: here.submit(name) for name in ("undisturbed", "again")}
+        with kill_one_rank_half_way(here.folder / "killed"):
+            outputs["killed"] = here.submit("killed")
+        for name, (code, text) in outputs.items():
+            assert code == 0, f"{name}:\n{text}"
+        yield here, outputs
+
+
+def losses(here: World, name: str) -> list[tuple[int, float]]:
+    rows = effective(read_rows(here.folder / name))
+    return [(row["tokens"], row["loss"]) for row in rows if row["kind"] == "step"]
+
+
+def test_two_runs_of_one_config_give_the_same_losses(runs):
+    here, _ = runs
+    assert len(losses(here, "undisturbed")) == 60
+    assert losses(here, "undisturbed") == losses(here, "again")
+
+
+def test_a_killed_and_resumed_run_ends_with_the_same_weights_bit_for_bit(runs):
+    here, _ = runs
+    undisturbed, killed = here.summary("undisturbed"), here.summary("killed")
+    assert killed["kills"] == killed["resumes"] == 1
+    assert undisturbed["kills"] == undisturbed["resumes"] == 0
+    assert killed["weights_sha256"] == undisturbed["weights_sha256"]
+    assert losses(here, "killed") == losses(here, "undisturbed")
+    assert killed["val_loss"] == undisturbed["val_loss"]
+
+
+def test_the_resumed_run_says_where_it_went_on(runs):
+    _, outputs = runs
+    assert "resumed from checkpoint tokens_" in outputs["killed"][1]
+
+
+@pytest.mark.parametrize("name", ["undisturbed", "killed"])
+def test_every_level_updates_as_often_as_its_clock_says(runs, name):
+    here, _ = runs
+    updates = here.summary(name)["level_updates"]
+    assert {level: count["due"] for level, count in updates.items()} == {"base": 60, "fast": 60, "mid": 15, "slow": 3}
+    assert all(count["done"] == count["due"] and count["skipped"] == 0 for count in updates.values())
+
+
+def test_the_summary_has_what_a_user_asks_for(runs):
+    here, _ = runs
+    summary = here.summary("undisturbed")
+    expected = {
+        "tokens", "seconds", "tokens_per_s", "loss_first", "loss_last", "val_loss", "unigram_entropy",
+        "bigram_entropy", "level_updates", "kills", "resumes", "workers", "checkpoints",
+    }  # fmt: skip
+    assert expected <= set(summary)
+    assert summary["tokens"] == 60 * QUANTUM
+    assert summary["workers"] == 2
+    assert summary["checkpoints"] == 6
+    assert summary["loss_last"] < summary["loss_first"]
+    assert (here.folder / "undisturbed" / "cadence.png").stat().st_size > 5_000
+
+
+def test_resubmitting_a_finished_run_changes_nothing(runs):
+    here, _ = runs
+    before = here.summary("again")
+    code, text = here.submit("again")
+    assert code == 0, text
+    assert "resumed from checkpoint" in text
+    assert here.summary("again")["weights_sha256"] == before["weights_sha256"]
+
+
+def test_a_run_of_another_config_is_not_resumed_under_the_same_name(runs):
+    here, _ = runs
+    code, text = here.submit("again", "levels.levels.slow.lr=0.001", "cluster.max_failures=0")
+    assert code != 0
+    assert "levels.levels" in text and "0.001" in text
+
+
+def test_bad_places_are_named_in_one_line(runs):
+    here, _ = runs
+    code, text = here.submit("nowhere", "data.prefix=s3://no-such-bucket/corpus", "cluster.max_failures=0")
+    assert code != 0
+    assert "error:" in text and "s3://no-such-bucket" in text
