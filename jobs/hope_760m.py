@@ -43,6 +43,7 @@ config = RunConfig(
             level("mid", 8 * QUANTUM),
             level("slow", 32 * QUANTUM),
         ),
+        quantum_tokens=QUANTUM,
         schedule=ScheduleConfig("cosine", warmup_tokens=1_000_000_000, total_tokens=TOTAL_TOKENS, min_lr_fraction=0.1),
         dtype="bf16",
         reduce_dtype="bf16",

@@ -40,6 +40,7 @@ config = RunConfig(
             level("mid", 4 * QUANTUM),
             level("slow", 16 * QUANTUM),
         ),
+        quantum_tokens=QUANTUM,
         schedule=ScheduleConfig("cosine", warmup_tokens=20 * QUANTUM, total_tokens=TOTAL_TOKENS, min_lr_fraction=0.1),
         fold_every_tokens=50 * QUANTUM,
     ),

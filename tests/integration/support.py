@@ -27,6 +27,7 @@ SMALL = (
     "model.rule.chunk_mem=16",
     "model.rule.chunk_other=16",
     f"data.seq_len={SEQ_LEN}",
+    f"levels.quantum_tokens={QUANTUM}",
     f"levels.levels.base.period_tokens={QUANTUM}",
     f"levels.levels.fast.period_tokens={QUANTUM}",
     f"levels.levels.mid.period_tokens={4 * QUANTUM}",

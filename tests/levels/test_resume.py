@@ -1,4 +1,4 @@
-"""A resumed run is the run: bit for bit at the same world size, up to summation at another world size and ZeRO stage."""
+"""A resumed run is the run: bit for bit at the same world size, up to summation at others and other stages."""
 
 import json
 from functools import partial
