@@ -1,0 +1,151 @@
+"""Plans that cannot be honoured are refused by name and number, before anything runs; imports stay light."""
+
+import subprocess
+import sys
+
+import pytest
+from torch import nn
+
+from nltrain.levels.config import LevelConfig, LevelsConfig, LevelsError, ScheduleConfig
+from nltrain.levels.plan import plan_levels
+
+
+def level(name: str = "base", parameters=("rest",), period_tokens: int = 64, **settings) -> LevelConfig:
+    return LevelConfig(name, parameters, period_tokens, **settings)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: level(zero_stage=0), r"zero_stage = 0: choose 1, 2 or 3"),
+        (lambda: level(zero_stage=4), r"zero_stage = 4"),
+        (lambda: level(optimizer="lion"), r"optimizer = 'lion': choose one of adamw, sgd"),
+        (lambda: level(phase_tokens=64), r"phase_tokens = 64: must be None or in \[0, period_tokens = 64\)"),
+        (lambda: level(period_tokens=0), r"period_tokens = 0"),
+        (lambda: level(lr=-1), r"lr = -1"),
+        (lambda: level(lr=float("nan")), r"lr = nan"),
+        (lambda: level(clip_norm=0), r"clip_norm = 0: must be > 0, or None"),
+        (lambda: level(betas=(0.9, 1.0)), r"betas = \(0.9, 1.0\)"),
+        (lambda: level(max_relative_change=-0.1), r"max_relative_change = -0.1"),
+        (lambda: level(lr=1.0, weight_decay=1.0), r"weight_decay = 1.0"),
+        (lambda: level(offload=True, optimizer="sgd"), r"offload = True: sgd without momentum"),
+        (lambda: level(parameters=("rest", "a.*")), r'"rest" must stand alone'),
+        (lambda: level(parameters=()), r"parameters = \(\)"),
+        (lambda: level(name=""), r"name = ''"),
+        (lambda: LevelsConfig(()), r"levels is empty"),
+        (lambda: LevelsConfig((level(), level(parameters=("a.*",)))), r"two levels of one name: base"),
+        (lambda: LevelsConfig((level(), level("slow"))), r"base, slow all take"),
+        (
+            lambda: LevelsConfig((level(), level("fast", ("a.*",), 32)), quantum_tokens=64),
+            r"'fast'\).period_tokens = 32 is below the quantum of 64",
+        ),
+        (lambda: LevelsConfig((level(),), dtype="fp16"), r"dtype = 'fp16'"),
+        (lambda: LevelsConfig((level(),), fold_every_tokens=8), r"fold_every_tokens = 8: .* the quantum of 64"),
+        (lambda: LevelsConfig((level(),), max_consecutive_skips=0), r"max_consecutive_skips = 0"),
+        (
+            lambda: LevelsConfig((level(),)).check_sequences(24, 1),
+            r"64 is not a whole number .* 24 tokens; use 48 or 72",
+        ),
+        (lambda: LevelsConfig((level(),)).check_sequences(16, 5), r"4 sequences of 16 tokens, fewer than 5 ranks"),
+        (lambda: ScheduleConfig("cosine"), r"total_tokens = 0: cosine needs more than warmup_tokens = 0"),
+        (lambda: ScheduleConfig("square"), r"kind = 'square'"),
+        (lambda: ScheduleConfig(min_lr_fraction=2), r"min_lr_fraction = 2"),
+    ],
+)
+def test_a_bad_configuration_is_refused_with_name_and_number(make, message):
+    with pytest.raises(LevelsError, match=message):
+        make()
+
+
+def test_schedules_are_functions_of_tokens():
+    warm = ScheduleConfig("constant", warmup_tokens=100)
+    assert [warm.factor(t) for t in (0, 50, 100, 10_000)] == [0, 0.5, 1, 1]
+    cosine = ScheduleConfig("cosine", warmup_tokens=100, total_tokens=1100, min_lr_fraction=0.1)
+    assert cosine.factor(100) == 1 and cosine.factor(600) == pytest.approx(0.55)
+    assert cosine.factor(1100) == pytest.approx(0.1) == cosine.factor(5000)
+    linear = ScheduleConfig("linear", total_tokens=1000)
+    assert linear.factor(250) == pytest.approx(0.75)
+    wsd = ScheduleConfig("wsd", warmup_tokens=100, total_tokens=1000, decay_fraction=0.5)
+    assert [wsd.factor(t) for t in (100, 500, 1000)] == [1, 1, 0] and wsd.factor(750) == pytest.approx(0.5)
+
+
+def test_lr_and_betas_scale_with_the_period_as_configured():
+    made = LevelsConfig(
+        (level(lr=1e-3), level("slow", ("a.*",), 64 * 16, lr=1e-3)),
+        lr_period_exponent=0.5,
+        beta_period_exponent=1.0,
+        max_lr=3e-3,
+    ).resolved()
+    assert [c.lr for c in made] == [1e-3, 3e-3]
+    assert made[1].betas == (0.9**16, 0.95**16) and made[0].betas == (0.9, 0.95)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(nn.init.ones_(nn.Linear(1, 4).bias))
+        self.slow, self.fast = nn.Linear(4, 4), nn.Linear(4, 4)
+
+
+def refused(model: nn.Module, *levels: LevelConfig) -> str:
+    with pytest.raises(LevelsError) as error:
+        plan_levels(model, levels)
+    return str(error.value)
+
+
+def test_every_parameter_is_in_exactly_one_level():
+    parts = plan_levels(Block(), (level(), level("slow", ("slow.*",)), level("fast", ("fast.*",))))
+    assert {part.config.name: [name for name, _ in part.parameters] for part in parts} == {
+        "base": ["scale"],
+        "slow": ["slow.weight", "slow.bias"],
+        "fast": ["fast.weight", "fast.bias"],
+    }
+
+
+def test_an_unmatched_parameter_is_named():
+    assert "scale" in refused(Block(), level("slow", ("slow.*", "fast.*")))
+
+
+def test_a_doubly_matched_parameter_is_named_with_both_levels():
+    text = refused(Block(), level(), level("a", ("slow.*",)), level("b", ("slow.weight",)))
+    assert "slow.weight" in text and "'a'" in text and "'b'" in text
+
+
+def test_a_pattern_without_a_parameter_is_named():
+    assert "'glow.*'" in refused(Block(), level(), level("slow", ("glow.*",)))
+
+
+def test_a_leaf_module_in_two_levels_is_named():
+    text = refused(Block(), level(), level("slow", ("slow.weight",)))
+    assert "module slow (Linear)" in text and "weight" in text and "bias" in text
+
+
+def test_at_zero3_a_bare_parameter_beside_other_levels_is_named():
+    text = refused(Block(), level(zero_stage=3), level("slow", ("slow.*",)))
+    assert "scale" in text and "'base'" in text and "ZeRO-3" in text and "module of its own" in text
+    plan_levels(Block(), (level(zero_stage=3), level("slow", ("slow.*", "scale"), zero_stage=1)))
+
+
+def test_a_superfluous_rest_is_refused():
+    assert "remove it" in refused(Block(), level(), level("all", ("*",)))
+
+
+def test_tied_weights_belong_to_one_level_and_count_once():
+    model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False), "mlp": nn.Linear(4, 4)})
+    model["head"].weight = model["embed"].weight
+    parts = plan_levels(model, (level(), level("slow", ("mlp.*",))))
+    assert parts[0].num_parameters == 20 and [name for name, _ in parts[0].parameters] == ["embed.weight"]
+    text = refused(model, level(), level("a", ("embed.*",)), level("b", ("head.*",)))
+    assert "embed.weight" in text and "head.weight" in text
+
+
+def test_parameters_that_need_no_gradient_are_left_alone():
+    model = Block()
+    model.slow.requires_grad_(False)
+    assert [name for name, _ in plan_levels(model, (level(),))[0].parameters] == ["scale", "fast.weight", "fast.bias"]
+
+
+def test_configs_clock_and_quantum_import_neither_deepspeed_nor_torch():
+    code = "import sys, nltrain.levels.config, nltrain.levels.clock, nltrain.levels.quantum; "
+    code += "print([m for m in ('deepspeed', 'torch') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
