@@ -1,0 +1,26 @@
+"""Every benchmark, one after the other: python -m benchmarks [--quick] [--json]. Exit code not 0 when one falls short."""
+
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+GPU_ONLY = ("gpu_model",)
+
+
+def main() -> int:
+    folder = Path(__file__).parent
+    names = [module.name for module in pkgutil.iter_modules([str(folder)]) if not module.name.startswith("_")]
+    short = []
+    for name in names:
+        if name in GPU_ONLY:
+            continue
+        print(f"== benchmarks.{name}", flush=True)
+        if subprocess.run([sys.executable, "-m", f"benchmarks.{name}", *sys.argv[1:]], cwd=folder.parent).returncode:
+            short.append(name)
+    print(f"fell short: {', '.join(short)}" if short else f"all {len(names)} proved what they claim")
+    return 1 if short else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
