@@ -1,4 +1,4 @@
-"""Every benchmark, one after the other: python -m benchmarks [--quick] [--json]. Exit code not 0 when one falls short."""
+"""Every benchmark in turn: python -m benchmarks [--quick] [--json]. Exit code not 0 when one falls short."""
 
 import pkgutil
 import subprocess
