@@ -1,7 +1,7 @@
 """Training through checkpoints: bit for bit at the same world size, the same trajectory at others and other stages.
 
 Bound: a world size changes only the order in which fp32 gradients are summed, and that stays within MAX_RELATIVE_ERROR
-of each weight tensor over the quanta trained here (1e-7 was seen). One lost or repeated sequence is tested to exceed it.
+of each weight tensor over the quanta trained here (1e-7 was seen). Quanta trained in another order exceed it.
 """
 
 import dataclasses
