@@ -1,7 +1,10 @@
-"""Where a run's ranks live and how often they may fail."""
+"""Where a run's ranks live, how often they may fail, and how long anything may take before it counts as stuck."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+STOP_WAIT_S = 120
+"""Seconds a cluster of ours gives a stopped job to save (RAY_JOB_STOP_WAIT_TIME_S at `ray start`; Ray's own: 3)."""
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,26 @@ class ClusterConfig:
     """Ray CPUs reserved per rank."""
     threads_per_worker: int = 1
     """OMP threads per rank."""
+    placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
+    """PACK: as few nodes as possible; SPREAD: as many; STRICT_SPREAD: one rank per node, or wait."""
     max_failures: int = 8
-    """Restarts of the group after a failure before the run gives up; -1: without limit."""
+    """Restarts after failures within `failure_window_hours` before the run gives up; -1: without limit."""
+    failure_window_hours: float = 24.0
+    """Failures older than this no longer count."""
+    max_preemptions: int = -1
+    """Restarts because a node was taken away, over the whole run; -1: without limit."""
+    max_same_failures: int = 2
+    """Stop when the same error occurred this many times in a row without progress beyond it."""
+    hang_timeout_s: float = 300.0
+    """A rank that makes no progress in training for this long is dumped, killed, and the group restarted."""
+    slow_phase_timeout_s: float = 1800.0
+    """The same limit for starting, saving and finishing, where nothing can be counted on the way."""
+    group_start_timeout_s: float = 60.0
+    """Longest wait for the workers of one size to be placed before the nodes are counted anew."""
+    resize_check_s: float = 20.0
+    """How often a running group looks for nodes that have come or gone."""
+    leave_timeout_s: float = 300.0
+    """Longest wait for the checkpoint before a resize; then the group is resized without it."""
     process_group_timeout_s: float = 600.0
     """A collective that waits longer than this fails the rank."""
     health_check_interval_s: float = 0.5
@@ -32,8 +53,32 @@ class ClusterConfig:
             raise ValueError(
                 f"cluster.min_workers={self.min_workers}: must lie between 1 and cluster.max_workers={self.max_workers}"
             )
-        for name in ("cpus_per_worker", "threads_per_worker", "process_group_timeout_s", "health_check_interval_s"):
+        for name in (
+            "cpus_per_worker",
+            "threads_per_worker",
+            "failure_window_hours",
+            "hang_timeout_s",
+            "slow_phase_timeout_s",
+            "group_start_timeout_s",
+            "resize_check_s",
+            "leave_timeout_s",
+            "process_group_timeout_s",
+            "health_check_interval_s",
+        ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"cluster.{name}={getattr(self, name)}: must be positive")
-        if self.max_failures < -1:
-            raise ValueError(f"cluster.max_failures={self.max_failures}: must be -1 (no limit) or more")
+        for name in ("max_failures", "max_preemptions"):
+            if getattr(self, name) < -1:
+                raise ValueError(f"cluster.{name}={getattr(self, name)}: must be -1 (no limit) or more")
+        if self.max_same_failures < 2:
+            raise ValueError(f"cluster.max_same_failures={self.max_same_failures}: must be 2 or more")
+        if self.slow_phase_timeout_s < self.hang_timeout_s:
+            raise ValueError(
+                f"cluster.slow_phase_timeout_s={self.slow_phase_timeout_s}: must not be below "
+                f"cluster.hang_timeout_s={self.hang_timeout_s}"
+            )
+
+    @property
+    def elastic(self) -> bool:
+        """Whether the group may have fewer than `max_workers` ranks."""
+        return self.min_workers not in (None, self.max_workers)

@@ -1,24 +1,28 @@
 """Puts a run on a Ray cluster: one Ray Train worker per rank, restarted as a group when one is lost.
 
-Ray decides where ranks live and when to try again; what a resumed run continues from is decided by our own committed
-checkpoints, so nothing is registered with Ray and a resubmitted job resumes exactly like a restarted group.
+Ray decides where ranks live; failures.py when to try again; what a resumed run continues from is decided by our own
+committed checkpoints, so Ray uploads nothing and a resubmitted job resumes exactly like a restarted group. A SIGTERM
+to the job (`ray job stop`) lets the ranks save before they end.
 """
 
-import logging
+import contextlib
 import os
+import signal
 import sys
+import threading
 import time
-import traceback
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
-from nltrain.config import RunConfig, describe, from_dict, override, to_dict
-from nltrain.runtime.config import ClusterConfig
+from nltrain.config import RunConfig, describe, override, to_dict
+from nltrain.data import join_url
+from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 ROOT = Path(__file__).resolve().parents[2]
+STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 
 
 class LaunchError(RuntimeError):
@@ -39,15 +43,18 @@ def main(config: RunConfig, arguments: Sequence[str] | None = None) -> int:
 
             print(describe(config), show(config), sep="\n\n")
             return 0
-        launch(config)
+        result = launch(config)
     except (ValueError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
-    return 0
+    return STOPPED_EXIT_CODE if result["left"] == "stopped" else 0
 
 
 def launch(config: RunConfig) -> dict[str, Any]:
-    """Run `config` on the cluster at RAY_ADDRESS, wait for its end, return Ray's last metrics. Raises LaunchError."""
+    """Run `config` on the cluster at RAY_ADDRESS and wait for its end.
+
+    Returns {"left": "finished" or "stopped", "tokens": T}. Raises LaunchError with one line: what, where, what to do.
+    """
     address = os.environ.get(ADDRESS_VARIABLE)
     if not address:
         raise LaunchError(
@@ -55,66 +62,101 @@ def launch(config: RunConfig) -> dict[str, Any]:
             f"or set {ADDRESS_VARIABLE} to your cluster's host:port"
         )
     print(describe(config), flush=True)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(config.cluster.health_check_interval_s))
+    cluster = config.cluster
+    for name, value in _ray_settings(cluster).items():
+        os.environ.setdefault(name, value)
     import ray
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     _connect(ray, address)
-    cluster = config.cluster
-    workers: int | tuple[int, int] = cluster.max_workers
-    if cluster.min_workers not in (None, cluster.max_workers):
-        workers = (cluster.min_workers or 1, cluster.max_workers)
+    from nltrain.runtime.controller import SaveOnSigterm, Trainer, stop_wait_s
+    from nltrain.runtime.worker import train_on_worker
+
+    _check_size(ray, cluster)
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and stop_wait_s() < STOP_WAIT_S:
+        print(
+            f"warning: this cluster kills a stopped job after {stop_wait_s():g} s, too soon to save a checkpoint: "
+            f"set RAY_JOB_STOP_WAIT_TIME_S={STOP_WAIT_S} where `ray start` runs",
+            flush=True,
+        )
     gpus = {"GPU": 1} if cluster.device == "cuda" else {}
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_on_worker,
         train_loop_config=to_dict(config),
         scaling_config=ScalingConfig(
-            num_workers=workers,
+            num_workers=(cluster.min_workers or 1, cluster.max_workers) if cluster.elastic else cluster.max_workers,
             use_gpu=bool(gpus),
             resources_per_worker={"CPU": cluster.cpus_per_worker} | gpus,
+            placement_strategy=cluster.placement,
+            elastic_resize_monitor_interval_s=cluster.resize_check_s,
         ),
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=int(cluster.process_group_timeout_s)),
         run_config=RayRunConfig(
             # A name of its own each time: Ray would otherwise resume its view of an earlier job.
-            name=f"{config.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-            storage_path=str(Path(config.output) / "ray_train"),
+            name=f"ray_train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            # Every node has to reach it; the only place of which that is certain is where the checkpoints go.
+            storage_path=join_url(_absolute(config.checkpoint.url), config.name),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
+            callbacks=[SaveOnSigterm()],
         ),
     )
-    try:
-        result = trainer.fit()
-    except Exception as error:
-        raise LaunchError(_reason(error)) from error
-    return result.metrics or {}
+    with _Stop(ray, trainer) as stop:
+        try:
+            result = trainer.fit()
+        except Exception as error:
+            if stop.asked.is_set():
+                print("stopped before the ranks had begun to train: nothing to save", flush=True)
+                return {"left": "stopped", "tokens": 0}
+            raise LaunchError(_reason(config, trainer, error)) from error
+    return dict(result.return_value)
 
 
-def train_on_worker(values: dict[str, Any]) -> None:
-    """One rank of the run, in the process that Ray Train made for it."""
-    import ray.train
+class _Stop:
+    """While it is open, the first SIGTERM asks the ranks to save and end; `fit` then returns."""
 
-    from nltrain.loop import train
-    from nltrain.runtime.jit import clear_stale_locks
+    def __init__(self, ray: Any, trainer: Any) -> None:
+        self.asked = threading.Event()
+        self._ray, self._trainer = ray, trainer
+        self._before: Any = None
 
-    clear_stale_locks()
-    _quiet_libraries()
-    config = from_dict(RunConfig, values)
-    try:
-        train(config)
-    except Exception:
-        # Ray shows the traceback of one rank only, and late; the job's log gets each one now.
-        traceback.print_exc()
-        raise
-    ray.train.report({})
+    def __enter__(self) -> "_Stop":
+        if threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        if not self.asked.is_set():
+            self.asked.set()
+            # Off this thread: it may be in the middle of a call to Ray.
+            threading.Thread(target=self._ask, name="nltrain-stop", daemon=True).start()
+
+    def _ask(self) -> None:
+        print("stopping: the ranks save and end", flush=True)
+        while self._trainer.controller is None:
+            time.sleep(0.1)
+        with contextlib.suppress(self._ray.exceptions.RayError):  # it may have ended in between
+            if not self._ray.get(self._trainer.controller.stop.remote()):
+                self._ray.get(self._trainer.controller.abort.remote())
 
 
-def _quiet_libraries() -> None:
-    """Our own log lines to the job's log; DeepSpeed's use of a deprecated torch name is not the user's business."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stdout, force=True)
-    logging.getLogger("nltrain").setLevel(logging.INFO)
-    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
+def _check_size(ray: Any, cluster: ClusterConfig) -> None:
+    """Say at once what would otherwise be an endless wait; a cluster that can grow may still get there."""
+    resource, each = ("GPU", 1.0) if cluster.device == "cuda" else ("CPU", cluster.cpus_per_worker)
+    there = ray.cluster_resources().get(resource, 0.0)
+    needed = each * (cluster.min_workers or cluster.max_workers)
+    if there < needed:
+        print(
+            f"waiting for nodes: {cluster.min_workers or cluster.max_workers} workers need {needed:g} {resource}, the "
+            f"cluster has {there:g}; add nodes, or lower cluster.max_workers or cluster.min_workers",
+            flush=True,
+        )
 
 
 def _connect(ray: Any, address: str) -> None:
@@ -130,6 +172,15 @@ def _connect(ray: Any, address: str) -> None:
         ) from error
 
 
+def _ray_settings(cluster: ClusterConfig) -> dict[str, str]:
+    """Ray Train's own settings; what the environment already says is kept."""
+    return {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(cluster.health_check_interval_s),
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.group_start_timeout_s),
+        "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": str(max(1.0, cluster.health_check_interval_s)),
+    }
+
+
 def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": str(cluster.threads_per_worker), "DS_ACCELERATOR": cluster.device}
     if cluster.device == "cpu":
@@ -137,12 +188,19 @@ def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     return environment
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost message of Ray's nested errors: what the user has to read."""
-    failures = getattr(error, "worker_failures", None)
-    if failures:
-        rank, first = sorted(failures.items())[0]
-        text = str(first).strip().splitlines()
-        return f"rank {rank} failed: {text[-1] if text else type(first).__name__}"
-    text = str(error).strip().splitlines()
-    return text[-1] if text else type(error).__name__
+def _absolute(url: str) -> str:
+    return url if "://" in url else str(Path(url).absolute())
+
+
+def _reason(config: RunConfig, trainer: Any, error: BaseException) -> str:
+    """What the user has to read, last in the job's log; the traceback of the cause goes before it."""
+    if trainer.verdict is None:
+        text = str(error).strip().splitlines()
+        return text[-1] if text else type(error).__name__
+    failure, verdict = trainer.verdict
+    if failure.traceback:
+        print(failure.traceback, file=sys.stderr, flush=True)
+    return (
+        f"run {config.name} stopped: {failure.text}; {verdict.why}. Mend the cause and submit the same job again: it "
+        f"goes on from its newest checkpoint in {config.checkpoint.url}"
+    )

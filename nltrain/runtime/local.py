@@ -16,6 +16,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from nltrain.runtime.config import STOP_WAIT_S
 from nltrain.runtime.processes import Owner
 
 START_TIMEOUT_S = 90
@@ -59,6 +60,7 @@ class LocalCluster:
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": str(token),
                 "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
                 "PYTHONUNBUFFERED": "1",
             }

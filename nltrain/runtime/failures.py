@@ -1,0 +1,152 @@
+"""Whether a failed group is tried again: budgets, and the crash loop that no restart would cure. Pure; knows no Ray.
+
+A failure that names its error stops the run when the same error comes again without progress beyond it. One that
+leaves no word (a killed process, a lost node) may be bad luck, so it takes more of them in a row. Preemptions have a
+budget of their own. Errors of the configuration stop at once: no restart changes a config.
+"""
+
+import re
+import traceback
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from nltrain.runtime.config import ClusterConfig
+
+Kind = Literal["error", "death", "preemption", "capacity", "internal"]
+
+# No restart cures these: what was asked for cannot be, or another attempt has taken over.
+FATAL = {"ConfigError", "ConfigChangedError", "MismatchError", "LevelsError", "PlanError", "StaleAttemptError"}
+# These come from outside and pass; the text of one outage is the same each time.
+TRANSIENT = {"StoreError", "SaveFailedError", "FirstRankError"}
+# What a rank says when another one is gone: the cause is elsewhere.
+_COLLATERAL = re.compile(
+    r"Connection (closed|reset|refused)|closed by peer|pair closure|Broken pipe|Socket Timeout|connectFullMesh"
+    r"|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|Watchdog caught collective|timed out waiting",
+    re.IGNORECASE,
+)
+MAX_SILENT = 4
+"""Deaths, or transient errors, in a row without progress after which it is a crash loop."""
+
+
+class NodeLeaving(Exception):
+    """This rank has saved and leaves because a node of its group is being taken away."""
+
+
+class RankError(Exception):
+    """An error in a rank's training, with what is needed to tell whether it is the same one as last time."""
+
+    def __init__(self, rank: int, type_name: str, message: str, where: str, tokens: int, text: str) -> None:
+        super().__init__(rank, type_name, message, where, tokens, text)
+        self.rank, self.type_name, self.message = rank, type_name, message
+        self.where, self.tokens, self.text = where, tokens, text
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.message} ({self.where})"
+
+    @classmethod
+    def of(cls, error: BaseException, rank: int, tokens: int) -> "RankError":
+        """Describe `error` as it is caught; the traceback is kept as text, which every process can read."""
+        frames = traceback.extract_tb(error.__traceback__)
+        where = f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else "?"
+        message = " ".join(str(error).split()) or "no message"
+        return cls(rank, type(error).__name__, message[:2000], where, tokens, traceback.format_exc()[-20000:])
+
+    @property
+    def collateral(self) -> bool:
+        """Whether this is what a rank says when another one has gone."""
+        return bool(_COLLATERAL.search(self.message))
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a group of workers came to its end."""
+
+    kind: Kind
+    text: str
+    """one line for people"""
+    type_name: str = ""
+    signature: str = ""
+    """equal for the same error, whatever numbers its message carries"""
+    tokens: int | None = None
+    """T that the failing rank had reached; None where nobody can say"""
+    traceback: str = ""
+
+    @classmethod
+    def of_ranks(cls, failures: dict[int, BaseException], preempted: bool = False) -> "Failure":
+        """One failure out of what each rank reported: the cause before its consequences."""
+        errors = {rank: error for rank, error in sorted(failures.items()) if isinstance(error, RankError)}
+        left = any(isinstance(error, NodeLeaving) for error in failures.values())
+        silent = {rank: error for rank, error in sorted(failures.items()) if not isinstance(error, RankError)}
+        if left or preempted:
+            return cls("preemption", "a node was taken away" + (" (checkpoint saved before)" if left else ""))
+        for rank, error in errors.items():
+            if not error.collateral:
+                signature = f"{error.type_name}|{error.where}|{re.sub('[0-9]+', '#', error.message)}"
+                text = f"rank {rank}: {error}"
+                return cls("error", text, error.type_name, signature, error.tokens, error.text)
+        for rank, gone in silent.items():
+            words = " ".join(str(gone).split())
+            return cls("death", f"rank {rank} was lost: {words[:300]}", type(gone).__name__)
+        rank, error = next(iter(errors.items()))
+        return cls("death", f"rank {rank} lost contact to another rank: {error}", error.type_name, "", error.tokens)
+
+
+class Verdict(NamedTuple):
+    retry: bool
+    why: str  # one line
+
+
+class FailureLedger:
+    """All failures of a run so far, as far as this job saw them."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        self._config = config
+        self._failed_s: list[float] = []
+        self._preemptions = 0
+        self._last: Failure | None = None
+        self._reached = -1  # T that the run had reached by the last failure
+        self._in_a_row = 0
+
+    def judge(self, failure: Failure, reached: int | None, now_s: float) -> Verdict:
+        """Whether to try again. `reached`: the highest T the run is known to have got to; None where unknown."""
+        if failure.kind == "capacity":
+            return Verdict(True, "waiting for nodes")
+        if failure.kind == "preemption":
+            self._preemptions += 1
+            limit = self._config.max_preemptions
+            if 0 <= limit < self._preemptions:
+                return Verdict(False, f"preempted {self._preemptions} times (cluster.max_preemptions={limit})")
+            return Verdict(True, f"preemption {self._preemptions}")
+        if failure.kind == "internal" or failure.type_name in FATAL:
+            return Verdict(False, "no restart would cure it")
+        if (same := self._count_same(failure, reached)) is not None:
+            return Verdict(False, same)
+        window_s = 3600 * self._config.failure_window_hours
+        self._failed_s = [*(then_s for then_s in self._failed_s if now_s - then_s < window_s), now_s]
+        count, limit = len(self._failed_s), self._config.max_failures
+        if 0 <= limit < count:
+            hours = self._config.failure_window_hours
+            return Verdict(False, f"{count} failures in {hours:g} hours (cluster.max_failures={limit})")
+        return Verdict(True, f"failure {count}" + (f" of at most {limit}" if limit >= 0 else ""))
+
+    def _count_same(self, failure: Failure, reached: int | None) -> str | None:
+        """Why this is a crash loop; None where it is not one (yet)."""
+        named = failure.kind == "error" and failure.type_name not in TRANSIENT
+        # Where an error says how far it came, that is what has to grow: a restart first repeats what was lost.
+        position = failure.tokens if named and failure.tokens is not None else reached
+        progress = position is None or position > self._reached
+        last = self._last
+        alike = last is not None and last.kind == failure.kind and last.signature == failure.signature
+        self._in_a_row = self._in_a_row + 1 if alike and not progress else 1
+        self._last = failure
+        self._reached = max(self._reached, position if position is not None else -1)
+        limit = self._config.max_same_failures if named else max(MAX_SILENT, self._config.max_same_failures)
+        if self._in_a_row < limit:
+            return None
+        at = f" at {self._reached:,} tokens" if self._reached >= 0 else ""
+        return f"the same failure {self._in_a_row} times in a row without progress{at}"
+
+
+def summary(failure: Failure) -> dict[str, Any]:
+    """The failure as an event keeps it."""
+    return {"failure": failure.kind, "text": failure.text[:500], "error_type": failure.type_name}

@@ -1,0 +1,138 @@
+"""Watches one rank from a process of its own: a rank without progress is dumped and killed; Ray restarts the group.
+
+The rank writes each sign of life into 64 shared bytes; this process counts the time it was itself awake since the last
+one, so that a machine that stood still raises no alarm. It needs nothing of the rank to act: a stopped process and one
+stuck in a collective or in a read look alike. It ends with the rank. Started as a file; only the standard library is
+imported until there is something to report.
+
+    python watchdog.py '{"heart_fd": 5, "pid": 123, "rank": 0, ...}'
+"""
+
+import contextlib
+import json
+import mmap
+import os
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+HEART = struct.Struct("<qqd32s")  # beats, tokens, limit in seconds, phase
+HEART_BYTES = 64
+DUMP_TIMEOUT_S = 20.0
+REPORT_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Watch:
+    """What a watchdog is told: as JSON on its command line."""
+
+    heart_fd: int
+    dump_fd: int
+    """where the rank's faulthandler writes on SIGUSR1"""
+    pid: int
+    rank: int
+    folder: str
+    store_url: str
+    run: str
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+
+def watch(config: Watch, poll_s: float = 0.5) -> bool:
+    """Until the rank ends (False) or is found stuck and has been killed (True)."""
+    heart = mmap.mmap(config.heart_fd, HEART_BYTES)
+    last_beats, silent_s, seen_s = -1, 0.0, time.monotonic()
+    while os.getppid() == config.pid:
+        time.sleep(poll_s)
+        now_s = time.monotonic()
+        awake_s, seen_s = min(now_s - seen_s, 2 * poll_s), now_s
+        beats, tokens, limit_s, phase = HEART.unpack_from(heart)
+        if beats < 0:
+            return False  # the rank says that it is done
+        if beats != last_beats:
+            last_beats, silent_s = beats, 0.0
+            continue
+        silent_s += awake_s
+        if silent_s > limit_s and os.getppid() == config.pid:
+            act(config, silent_s, tokens, phase.rstrip(b"\0").decode(errors="replace"))
+            return True
+    return False
+
+
+def act(config: Watch, silent_s: float, tokens: int, phase: str) -> None:
+    """Dump the stacks to the run's folder, kill the rank, and note the event beside the run's checkpoints."""
+    state = process_state(config.pid)
+    stacks = dump_stacks(config)
+    path = Path(config.folder, "watchdog", f"{time.strftime('%Y%m%d-%H%M%S')}-rank_{config.rank:04d}.txt")
+    who = f"rank {config.rank} (pid {config.pid}, {state})"
+    head = f"{who} made no progress for {silent_s:.0f} s while {phase} at {tokens:,} tokens\n\n"
+    where = str(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(head + stacks)
+    except OSError as error:  # a full disk must not keep a hung rank alive
+        where = f"nowhere ({error})"
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(config.pid, signal.SIGKILL)
+    print(head.strip() + f"; killed; stacks in {where}", flush=True)
+    signal.alarm(int(REPORT_TIMEOUT_S))  # a store that hangs must not keep this process for ever
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    from nltrain.data.store import open_store
+    from nltrain.track.events import put_event
+
+    put_event(
+        open_store(config.store_url),
+        config.run,
+        "hang",
+        f"rank_{config.rank:04d}",
+        rank=config.rank,
+        silent_s=round(silent_s, 1),
+        tokens=tokens,
+        phase=phase,
+        process_state=state,
+        stacks=where,
+        text=stacks[:20000],
+    )
+
+
+def process_state(pid: int) -> str:
+    """The kernel's word for it: "T (stopped)", "D (disk sleep)"; "?" where there is no /proc."""
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("State:"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        return "?"
+    return "?"
+
+
+def dump_stacks(config: Watch) -> str:
+    """Python stacks of all threads: py-spy reads them from outside; where it may not, the rank is asked itself."""
+    beside = Path(sys.executable).parent / "py-spy"
+    py_spy = str(beside) if beside.exists() else shutil.which("py-spy")
+    why = "py-spy is not installed"
+    if py_spy:
+        # Without --nonblocking py-spy would first stop a process that may be stopped already.
+        command = [py_spy, "dump", "--nonblocking", "--pid", str(config.pid)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=DUMP_TIMEOUT_S)
+            if done.returncode == 0:
+                return done.stdout
+            why = done.stderr.strip()
+        except (subprocess.TimeoutExpired, OSError) as error:
+            why = str(error)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(config.pid, signal.SIGUSR1)
+    time.sleep(2.0)
+    text = os.pread(config.dump_fd, 1 << 20, 0).decode(errors="replace")
+    return f"py-spy could not look ({why}); faulthandler says:\n{text or 'nothing: the process does not run'}\n"
+
+
+if __name__ == "__main__":
+    watch(Watch(**json.loads(sys.argv[1])))

@@ -1,0 +1,151 @@
+"""One rank of a run in the process that Ray Train made for it: signs of life out, wishes to leave in.
+
+Wishes come from three sides: a drained node (Ray tells its workers), a SIGTERM to this process, and the controller
+(the user's stop, a resize). The loop asks at each end of a quantum; what it does about it is the loop's business.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import logging
+import mmap
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import warnings
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from nltrain.config import RunConfig, from_dict
+from nltrain.runtime.failures import NodeLeaving, RankError
+from nltrain.runtime.watchdog import HEART, HEART_BYTES, Watch
+from nltrain.track.supervision import SLOW_PHASES, Wish
+
+_PR_SET_PTRACER = 0x59616D61
+
+
+class _Told:
+    """What this process has been told; the controller's words may come before the training begins."""
+
+    wish = Wish.GO_ON
+    training = threading.Event()
+    left = threading.Event()
+
+
+def ask_to_leave(wish: int) -> None:
+    """Called in the rank's process by the controller."""
+    _Told.wish = max(_Told.wish, Wish(wish))
+
+
+def wait_until_left(timeout_s: float) -> bool:
+    """Whether this rank has saved and left within `timeout_s`. Called in the rank's process by the controller."""
+    return _Told.left.wait(timeout_s)
+
+
+def on_sigterm(signum: int, frame: FrameType | None) -> None:
+    """A SIGTERM to a rank that trains means that its machine goes: save first. Otherwise it ends the process."""
+    if _Told.training.is_set():
+        ask_to_leave(Wish.PREEMPTED)
+    else:
+        sys.exit(128 + signum)
+
+
+class RankSupervision:
+    """Signs of life of this rank, and the process that watches them."""
+
+    def __init__(self, config: RunConfig, rank: int, preempted: Any) -> None:
+        """`preempted()`: whether Ray has said that a node of the group is going away."""
+        self.started_s = time.time()
+        self.tokens = 0
+        self._preempted = preempted
+        self._cluster = config.cluster
+        self._beats = 0
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+        self._file.truncate(HEART_BYTES)
+        self._heart = mmap.mmap(self._file.fileno(), HEART_BYTES)
+        self._dump = tempfile.TemporaryFile()  # noqa: SIM115
+        faulthandler.register(signal.SIGUSR1, file=self._dump, all_threads=True)
+        self.beat("starting", 0)
+        watch = Watch(
+            heart_fd=self._file.fileno(),
+            dump_fd=self._dump.fileno(),
+            pid=os.getpid(),
+            rank=rank,
+            folder=config.output,
+            store_url=config.checkpoint.url,
+            run=config.name,
+        )
+        script = Path(__file__).with_name("watchdog.py")
+        self._watchdog = subprocess.Popen(
+            [sys.executable, "-P", str(script), watch.to_json()],
+            pass_fds=(self._file.fileno(), self._dump.fileno()),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # Ray ends a dead worker's process group; the watchdog still has to report
+        )
+        _allow_stacks_to_be_read(self._watchdog.pid)
+
+    def beat(self, phase: str, tokens: int) -> None:
+        self._beats += 1
+        self.tokens = tokens
+        slow = phase in SLOW_PHASES
+        limit_s = self._cluster.slow_phase_timeout_s if slow else self._cluster.hang_timeout_s
+        HEART.pack_into(self._heart, 0, self._beats, tokens, limit_s, phase.encode()[:32])
+
+    def wish(self) -> Wish:
+        return max(_Told.wish, Wish.PREEMPTED if self._preempted() else Wish.GO_ON)
+
+    def close(self) -> None:
+        """Nobody watches any more."""
+        HEART.pack_into(self._heart, 0, -1, self.tokens, 0.0, b"done")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._watchdog.wait(5.0)
+
+
+def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
+    """One rank of the run. Returns {"left": why, "tokens": T}; left is "finished", or "stopped" by the user."""
+    from nltrain.loop import train
+    from nltrain.runtime.controller import node_is_leaving, own_rank
+    from nltrain.runtime.jit import clear_stale_locks
+
+    config = from_dict(RunConfig, values)
+    rank = own_rank()
+    _quiet_libraries()
+    supervision = RankSupervision(config, rank, node_is_leaving)
+    _Told.training.set()
+    try:
+        clear_stale_locks()
+        result = train(config, supervision)
+    except Exception as error:
+        # Ray shows the traceback of one rank only, and late; the job's log gets each one now.
+        traceback.print_exc()
+        raise RankError.of(error, rank, supervision.tokens) from None
+    finally:
+        _Told.training.clear()
+        supervision.close()
+    left = result.get("left", "finished")
+    if left == "preempted":
+        raise NodeLeaving(f"rank {rank} left at {result['tokens']:,} tokens")
+    if left == "resized":
+        _Told.left.set()
+        time.sleep(config.cluster.leave_timeout_s)  # the controller ends this process
+        raise RankError(rank, "ResizeError", "the group was not resized after it had saved", "worker.py", 0, "")
+    return {"left": left, "tokens": result.get("tokens", supervision.tokens)}
+
+
+def _allow_stacks_to_be_read(pid: int) -> None:
+    """Linux may let only ancestors trace a process (Yama): name the watchdog, a child, as one that may."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
+
+
+def _quiet_libraries() -> None:
+    """Our own log lines to the job's log; DeepSpeed's use of a deprecated torch name is not the user's business."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stdout, force=True)
+    logging.getLogger("nltrain").setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
