@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from nltrain.config import RunConfig, TrainConfig
 from nltrain.data import Batch, DataError, TokenDataset, TokenStream, open_plan, reference_entropies
 from nltrain.levels.quantum import cut_quantum
 from nltrain.levels.scheduler import LevelScheduler
+from nltrain.model import LanguageModel
 
 
 class Validation:
@@ -33,7 +33,7 @@ class Validation:
         self._entropies = self._count(config, rank)
 
     @torch.no_grad()
-    def run(self, model: nn.Module) -> dict[str, Any]:
+    def run(self, model: LanguageModel) -> dict[str, Any]:
         """Mean loss [nats per token] over all held-out targets of all ranks, beside the entropies."""
         was_training = model.training
         model.eval()
@@ -69,7 +69,7 @@ class Validation:
         return {"unigram_entropy": found.unigram_nats, "bigram_entropy": found.bigram_nats}
 
 
-def sample_text(model: nn.Module, dataset: TokenDataset, config: TrainConfig, device: torch.device) -> str:
+def sample_text(model: LanguageModel, dataset: TokenDataset, config: TrainConfig, device: torch.device) -> str:
     """`config.sample_tokens` tokens that the model writes from the start of a document; the same on every rank."""
     was_training = model.training
     model.eval()

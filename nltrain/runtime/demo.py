@@ -51,9 +51,10 @@ class Demo:
         try:
             with contextlib.ExitStack() as stack:
                 s3 = stack.enter_context(EmbeddedS3(BUCKET))
+                reach_s3: dict[str, Any] = {**s3.environment()}
                 _say(f"embedded S3 at {s3.endpoint_url}")
                 cluster = stack.enter_context(
-                    LocalCluster(self.folder, owner, num_cpus=max(2, os.cpu_count() or 2), **s3.environment())
+                    LocalCluster(self.folder, owner, num_cpus=max(2, os.cpu_count() or 2), **reach_s3)
                 )
                 _say(f"Ray cluster up, jobs at {cluster.job_address}")
                 prepare = ["vocab_size=4096", f"tokenizer_training_bytes={4 << 20}"]
