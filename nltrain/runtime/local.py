@@ -1,9 +1,11 @@
 """A Ray cluster of our own on this machine: own ports, temp dir and token; no other cluster on the host is touched.
 
-The head runs as `ray start --head --block` in a session of its own. Ray's socket paths must stay below 108 bytes, so
+The head runs as `ray start --head --block` in a session of its own; `add_node` joins further raylets on the same host,
+for tests and benchmarks that lose nodes. Ray's socket paths must stay below 108 bytes, so
 its temp dir is reached through a short symbolic link although it lies in the run's folder.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -16,10 +18,19 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import psutil
+
 from nltrain.runtime.config import STOP_WAIT_S
 from nltrain.runtime.processes import Owner
 
 START_TIMEOUT_S = 90
+# A dead raylet refuses connections and is given up after 5 s; one that is merely slow gets 10 s per check.
+HEALTH_CHECKS = {
+    "RAY_health_check_initial_delay_ms": "5000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "10000",
+    "RAY_health_check_failure_threshold": "5",
+}
 
 
 class ClusterError(RuntimeError):
@@ -54,6 +65,7 @@ class LocalCluster:
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         self.port, self.dashboard_port = free_ports(2)
+        self.nodes: list[LocalNode] = []
         self.environment = (
             os.environ
             | {
@@ -61,6 +73,7 @@ class LocalCluster:
                 "RAY_AUTH_TOKEN_PATH": str(token),
                 "RAY_USAGE_STATS_ENABLED": "0",
                 "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
+                **HEALTH_CHECKS,
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
                 "PYTHONUNBUFFERED": "1",
             }
@@ -104,8 +117,18 @@ class LocalCluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def add_node(self, num_cpus: int) -> "LocalNode":
+        """Another raylet with `num_cpus` logical CPUs joins; returns when the cluster counts it as alive."""
+        name = f"node_{len(self.nodes) + 1}"
+        node = LocalNode(self, self._folder / f"{name}.log", num_cpus, self._object_store_bytes, name)
+        self.nodes.append(node)
+        node.start()
+        return node
+
     def stop(self) -> None:
-        """End the head and everything it started; what ignores SIGTERM is killed by pid."""
+        """End all nodes and everything they started; what ignores SIGTERM is killed by pid."""
+        for node in self.nodes:
+            node.stop()
         if self._process and self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
             try:
@@ -137,3 +160,62 @@ class LocalCluster:
             f"the local Ray cluster at {self.job_address} did not answer in {START_TIMEOUT_S} s; "
             f"see {self._folder / 'head.log'}"
         )
+
+
+class LocalNode:
+    """A raylet that has joined a LocalCluster. `node_id` is Ray's, in hex."""
+
+    def __init__(self, cluster: LocalCluster, log: Path, num_cpus: int, object_store_bytes: int, name: str) -> None:
+        self._cluster, self._log, self._num_cpus = cluster, log, num_cpus
+        self._object_store_bytes, self._name = object_store_bytes, name
+        self._process: subprocess.Popen[bytes] | None = None
+        self.raylet_pid = 0
+        self.node_id = ""
+
+    def start(self) -> None:
+        agent, agent_grpc, runtime_env, metrics = free_ports(4)
+        command = [
+            sys.executable, "-m", "ray.scripts.scripts", "start", f"--address=127.0.0.1:{self._cluster.port}",
+            "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--num-cpus={self._num_cpus}",
+            "--num-gpus=0", f"--node-name={self._name}", f"--dashboard-agent-listen-port={agent}",
+            f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}",
+            f"--metrics-export-port={metrics}", f"--object-store-memory={self._object_store_bytes}",
+            "--min-worker-port=0", "--max-worker-port=0",
+        ]  # fmt: skip
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                command, env=self._cluster.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                raise ClusterError(f"{self._name} ended while starting; see {self._log}")
+            if self._find_raylet():
+                return
+            time.sleep(0.2)
+        raise ClusterError(f"{self._name} had no raylet after {START_TIMEOUT_S} s; see {self._log}")
+
+    def kill(self) -> None:
+        """SIGKILL the raylet, as when a machine vanishes: Ray's workers there end with it, its agents linger."""
+        os.kill(self.raylet_pid, signal.SIGKILL)
+
+    def stop(self) -> None:
+        if self._process and self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+            try:
+                self._process.wait(10)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+    def _find_raylet(self) -> bool:
+        """The raylet among the processes below `ray start`; its command line carries the node's id."""
+        assert self._process is not None
+        for process in psutil.Process(self._process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process.name().startswith("raylet"):
+                    self.raylet_pid = process.pid
+                    words = [word for word in process.cmdline() if "--node_id=" in word or "--node-id=" in word]
+                    self.node_id = words[0].partition("=")[2] if words else ""
+                    return True
+        return False
