@@ -309,6 +309,12 @@ class LevelEngine:
         states = [self._zero.optimizer.state[master][key] for master in self.masters for key in self.state_keys]
         return [*self.masters, *states, *self.initial]
 
+    def device_state_elements(self) -> int:
+        """Elements of masters and optimizer state in the optimizer's live buffers now: 0 while the level sleeps."""
+        states = self._zero.optimizer.state
+        live = [*self.masters, *(states[master][key] for master in self.masters for key in self.state_keys)]
+        return sum(tensor.untyped_storage().nbytes() // tensor.element_size() for tensor in live)
+
     def fragments(self, with_window: bool) -> Iterator[tuple[str, Fragment]]:
         """Views of everything that must survive, wherever it is at the moment; fill them in place to load."""
         kinds: dict[str, list[Tensor]] = {"master": self.masters}

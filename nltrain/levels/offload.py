@@ -25,7 +25,7 @@ class HostMemory:
         """Where the values of `tensor` are now: its host copy while it sleeps, else itself. May wait for a copy."""
         if self._arriving:
             self.wake()
-        if not self.asleep:
+        if not self.asleep or id(tensor) not in self._host:
             return tensor.detach()
         if self._stream is not None:
             torch.cuda.current_stream(self._device).synchronize()

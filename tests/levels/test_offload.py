@@ -1,0 +1,51 @@
+"""A sleeping level leaves device memory and training does not notice."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from nltrain.levels.scheduler import LevelScheduler
+from tests.levels.ranks import Ranks
+from tests.levels.toys import SEQ_LEN, Toy, gathered, levels, train
+
+STAGES = {"zero1": (1, 1, 1, 1), "zero2": (2, 2, 2, 2), "zero3": (3, 3, 3, 3)}
+
+
+def run(stages: str, dtype: str, optimizer: str, ranks: Ranks) -> dict:
+    quantum = 2 * ranks.world_size * SEQ_LEN
+    shared = {"optimizer": optimizer, "lr": 1e-2} | ({"momentum": 0.9} if optimizer == "sgd" else {})
+    result: dict = {"weights": [], "live": [], "ticks": []}
+    for offload in (False, True):
+        config = levels(
+            quantum, (1, 2, 4, 8), STAGES[stages], shared, {"mid": {"offload": offload}, "slow": {"offload": offload}},
+            dtype=dtype, bucket_elements=2000,
+        )  # fmt: skip
+        model = Toy()
+        scheduler = LevelScheduler(model, config, SEQ_LEN)
+        result["ticks"].append(train(model, scheduler, ranks.rank, ranks.world_size, range(10), 1))
+        result["weights"].append(gathered(scheduler))
+        result["live"].append({name: engine.device_state_elements() for name, engine in scheduler.engines.items()})
+        result["fragments"] = {name: f.tensor.isfinite().all().item() for name, f in scheduler.fragments().items()}
+        scheduler.close()
+    return result
+
+
+KEYS = [(s, "fp32", "adamw") for s in STAGES] + [("zero1", "bf16", "sgd"), ("zero3", "bf16", "adamw")]
+CASES = {2: {"offload-" + "-".join(key): partial(run, *key) for key in KEYS}}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_training_is_bit_for_bit_the_same_with_and_without_offload(case, key):
+    plain, offloaded = case(2, "offload-" + "-".join(key))["weights"]
+    assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_a_sleeping_level_holds_no_masters_and_no_optimizer_state_on_the_device(case, key):
+    result = case(2, "offload-" + "-".join(key))
+    resident, sleeping = result["live"]
+    assert sleeping["mid"] == sleeping["slow"] == 0 < resident["slow"]
+    assert sleeping["base"] == resident["base"] and sleeping["fast"] == resident["fast"]
+    assert all(result["fragments"].values())
+    assert f"cms.slow.up.weight.{'momentum_buffer' if key[2] == 'sgd' else 'exp_avg'}" in result["fragments"]
