@@ -57,17 +57,18 @@ class World:
     def corpus(self) -> str:
         return f"s3://{BUCKET}/corpus"
 
-    def submit(self, name: str, *overrides: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    def submit(self, name: str, *overrides: str, short: bool = False) -> tuple[int, str]:
         """`ray job submit` of jobs/hope_tiny.py, small; (exit code, what it printed)."""
+        ray = [str(Path(sys.executable).parent / "ray"), "job", "submit"]
+        long = [*ray, "--working-dir", ".", "--", "python", "jobs/hope_tiny.py"]
         command = [
-            str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", ".", "--",
-            "python", "jobs/hope_tiny.py", f"name={name}", f"output={self.folder / name}",
+            *([*ray, "jobs/hope_tiny.py"] if short else long), f"name={name}", f"output={self.folder / name}",
             f"data.prefix={self.corpus}", f"checkpoint.url=s3://{BUCKET}/runs", *SMALL, *overrides,
         ]  # fmt: skip
         done = subprocess.run(
             command,
             cwd=ROOT,
-            env=self.cluster.client_environment | (environment or {}),
+            env=self.cluster.client_environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

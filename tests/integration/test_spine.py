@@ -66,6 +66,7 @@ def test_the_summary_has_what_a_user_asks_for(runs):
     assert summary["checkpoints"] == 6
     assert summary["loss_last"] < summary["loss_first"]
     assert (here.folder / "undisturbed" / "cadence.png").stat().st_size > 5_000
+    assert list((here.folder / "undisturbed" / "wandb").glob("**/*.wandb"))
 
 
 def test_resubmitting_a_finished_run_changes_nothing(runs):
@@ -82,6 +83,13 @@ def test_a_run_of_another_config_is_not_resumed_under_the_same_name(runs):
     code, text = here.submit("again", "levels.levels.slow.lr=0.001", "cluster.max_failures=0")
     assert code != 0
     assert "levels.levels" in text and "0.001" in text
+
+
+def test_the_short_form_of_the_readme_works_from_the_repository_root(runs):
+    here, _ = runs
+    code, text = here.submit("short", "train.total_tokens=2048", short=True)
+    assert code == 0, text
+    assert here.summary("short")["tokens"] == 2048
 
 
 def test_bad_places_are_named_in_one_line(runs):
