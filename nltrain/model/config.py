@@ -62,7 +62,7 @@ class ModelConfig:
     """"none": keep all activations of the chunk loop. "chunks": keep the memories' states at every sqrt(chunks)-th
     boundary and recompute the rest in the backward pass."""
     truncate_chunks: int | None = None
-    """Cuts the outer gradient through the memories' states every so many chunks. None: never."""
+    """Cuts the outer gradient through the memories' states every so many (shorter) chunks. None: never."""
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:

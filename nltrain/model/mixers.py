@@ -20,7 +20,7 @@ class MemoryMixerState(NamedTuple):
     """A memory block in the middle of a sequence."""
 
     history: Tensor  # [B, taps - 1, D] last inputs of the convolution
-    memory: MemoryState | None  # None where the memories do not write
+    memory: MemoryState
 
 
 class AttentionState(NamedTuple):
@@ -62,6 +62,8 @@ class MemoryMixer(nn.Module):
             self.rule, config.num_heads, config.head_dim, config.memory_hidden, config.w1_std, config.eta_init,
             config.alpha_init,
         )  # fmt: skip
+        blocks_per_chunk = -(-self.rule.chunk_min // self.rule.block_tokens)
+        self.truncate_blocks = config.truncate_chunks and config.truncate_chunks * blocks_per_chunk
         self.norm = HeadNorm(config.num_heads, config.head_dim, config.norm_eps)
 
     def forward(self, u: Tensor, packing: Packing, state: MemoryMixerState | None) -> tuple[Tensor, MemoryMixerState]:
@@ -70,12 +72,21 @@ class MemoryMixer(nn.Module):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.config.num_heads, self.config.head_dim))
 
-        beta = self.beta(u) if self.beta is not None else None
-        inputs = Inputs(heads(self.k(paths[1])), heads(self.v(paths[2])), heads(self.q(paths[0])), heads(u), beta)
+        q = heads(self.q(paths[0]))
+        if self.rule.writes:
+            beta = self.beta(u) if self.beta is not None else None
+            inputs = Inputs(heads(self.k(paths[1])), heads(self.v(paths[2])), q, heads(u), beta)
+        else:
+            inputs = Inputs(q, q, q, q)
         o, memory = self_modify(
-            inputs, MemoryHolder.pack(self.memories()), self.rule, state.memory if state else None,
+            inputs,
+            MemoryHolder.pack(self.memories()),
+            self.rule,
+            state.memory if state else None,
             layout=packing.layout(self.rule),
-        )  # fmt: skip
+            recompute=self.config.recompute == "chunks",
+            truncate_blocks=self.truncate_blocks,
+        )
         return self.out(self.norm(o) * F.silu(self.gate(u))), MemoryMixerState(history, memory)
 
 

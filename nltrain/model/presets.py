@@ -10,8 +10,9 @@ from kernels import MemoryRule
 from nltrain.model.config import FAMILIES, ModelConfig, ModelConfigError
 
 # name: (vocabulary, width, layers, head width, memory hidden width)
+# Sizes count V D + L (13 D^2 + 8 D h + small).
 SIZES = {
-    "tiny": (4_096, 160, 3, 32, 32),
+    "tiny": (4_096, 160, 2, 32, 32),
     "160m": (32_000, 768, 16, 128, 128),
     "340m": (32_000, 1024, 21, 128, 128),
     "760m": (32_000, 1536, 22, 128, 128),
