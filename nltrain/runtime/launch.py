@@ -8,6 +8,7 @@ to the job (`ray job stop`) lets the ranks save before they end.
 import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -17,11 +18,12 @@ from types import FrameType
 from typing import Any
 
 from nltrain.config import RunConfig, describe, override, to_dict
-from nltrain.data import join_url
+from nltrain.data import DataError, StoreError, join_url, open_plan, open_store
 from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 ROOT = Path(__file__).resolve().parents[2]
+ADDRESS_TIMEOUT_S = 5.0
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 
 
@@ -44,7 +46,7 @@ def main(config: RunConfig, arguments: Sequence[str] | None = None) -> int:
             print(describe(config), show(config), sep="\n\n")
             return 0
         result = launch(config)
-    except (ValueError, LaunchError) as error:
+    except (ValueError, LaunchError, DataError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return STOPPED_EXIT_CODE if result["left"] == "stopped" else 0
@@ -62,6 +64,8 @@ def launch(config: RunConfig) -> dict[str, Any]:
             f"or set {ADDRESS_VARIABLE} to your cluster's host:port"
         )
     print(describe(config), flush=True)
+    _check_address(address)
+    _check_places(config)
     cluster = config.cluster
     for name, value in _ray_settings(cluster).items():
         os.environ.setdefault(name, value)
@@ -157,6 +161,25 @@ def _check_size(ray: Any, cluster: ClusterConfig) -> None:
             f"cluster has {there:g}; add nodes, or lower cluster.max_workers or cluster.min_workers",
             flush=True,
         )
+
+
+def _check_address(address: str) -> None:
+    """Ray tries for two minutes to reach a cluster that is not there; a connection tells in a moment."""
+    host, separator, port = address.removeprefix("ray://").removeprefix("http://").rstrip("/").rpartition(":")
+    if not separator:
+        return  # "auto" and the like name no place to try
+    try:
+        socket.create_connection((host, int(port)), timeout=ADDRESS_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise LaunchError(
+            f"no Ray cluster answers at {ADDRESS_VARIABLE}={address} ({error}): check the address, or start a cluster"
+        ) from error
+
+
+def _check_places(config: RunConfig) -> None:
+    """Data and checkpoints can be reached: better told here, in one line, than by every rank."""
+    open_plan(config.data)
+    open_store(config.checkpoint.url).list(f"{config.name}/attempts/")
 
 
 def _connect(ray: Any, address: str) -> None:

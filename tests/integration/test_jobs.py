@@ -48,6 +48,13 @@ def test_without_a_cluster_a_job_says_how_to_start_it():
     assert "RAY_ADDRESS is not set" in done.stderr and "ray job submit" in done.stderr
 
 
+def test_a_cluster_that_does_not_answer_is_named():
+    done = start("jobs/hope_tiny.py", RAY_ADDRESS="127.0.0.1:9")
+    assert done.returncode == 1
+    assert "RAY_ADDRESS=127.0.0.1:9" in done.stderr and "check the address" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")))
 def test_a_job_can_be_executed_as_it_is(job):
     assert os.access(job, os.X_OK)
