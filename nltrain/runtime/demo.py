@@ -23,7 +23,12 @@ from nltrain.track.metrics import FOLDER, log_fault, tail
 from nltrain.track.report import write_report
 
 BUCKET = "nltrain-demo"
-WORKER_PREFIX = re.compile(r"^(\x1b\[\d+m)?\((RayTrainWorker|TrainController|pid)[^)]*\)(\x1b\[\d+m)? ?")
+COLOUR = re.compile(r"\x1b\[\d*m")
+WORKER_PREFIX = re.compile(r"^\(RayTrainWorker[^)]*\) ?")
+OF_RAY = re.compile(
+    r"^(\([A-Za-z][^)]*\)|[\d-]{10} [\d:,]+\s+(INFO|SUCC|WARNING)|Running entrypoint|[a-z_]+(\.\w+)* = )"
+)
+NOISE = re.compile(r"^(Setting up process group|DeepSpeed .* built|\[.*W\d* )")
 DISK_NEEDED_BYTES = 2 * 2**30
 
 
@@ -173,21 +178,11 @@ def _say(text: str) -> None:
 
 
 def _for_people(line: str) -> str | None:
-    """The job's own words: without Ray's prefix, and without Ray's lines about itself."""
-    plain = WORKER_PREFIX.sub("", line.rstrip("\n"))
-    noise = (
-        " -- ",
-        "INFO",
-        "WARNING",
-        "Running entrypoint",
-        "Next steps",
-        "Query the",
-        "Request the",
-        "ray job ",
-        "Tailing logs",
-        "-----",
-    )
-    if not plain.strip() or any(word in plain[:60] for word in noise):
+    """The job's own words; Ray's lines about itself and the 120 lines of the config stay in job.log."""
+    plain = COLOUR.sub("", line.rstrip("\n"))
+    of_worker = WORKER_PREFIX.match(plain)
+    plain = WORKER_PREFIX.sub("", plain)
+    if not plain.strip() or NOISE.match(plain) or (not of_worker and OF_RAY.match(plain)):
         return None
     return plain
 
