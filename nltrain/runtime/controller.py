@@ -8,8 +8,10 @@ that live and are not being drained. The rest is Ray's: placement, restarts, hea
 import contextlib
 import os
 import signal
+import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import ray
@@ -19,6 +21,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 from ray.train.v2._internal.execution.callback import WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.controller.state import ResizingState
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
@@ -34,6 +37,7 @@ from nltrain.track.supervision import Wish
 
 # A note must not hold up a restart: few tries, short silence.
 NOTE_ATTEMPTS, NOTE_TIMEOUT_S = 3, 5.0
+PROBE_TIMEOUT_S = 3.0
 
 
 def own_rank() -> int:
@@ -111,23 +115,43 @@ def diagnose(error: Exception) -> Failure:
 
 
 class LiveNodes(ElasticScalingPolicy):
-    """Ray's reservation is up to 20 s old: leave out the nodes that have died or are being drained since."""
+    """Ray's reservation is up to 20 s old: leave out nodes that are gone or going, add free ones that have come."""
 
     def _get_reserved_resources(self) -> Any:
         reserved = super()._get_reserved_resources()
         if reserved is None:
             return None
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        alive -= set(ray._private.state.state.get_draining_nodes() or {})
-        return {node_id: resources for node_id, resources in reserved.items() if node_id in alive}
+        draining = set(ray._private.state.state.get_draining_nodes() or {})
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+        with ThreadPoolExecutor(max(1, min(32, len(nodes)))) as pool:
+            there = {node["NodeID"] for node, answers in zip(nodes, pool.map(_answers, nodes), strict=True) if answers}
+        free = ray._private.state.available_resources_per_node()
+        new = {node_id: free[node_id] for node_id in there - reserved.keys() if node_id in free}
+        return {node_id: resources for node_id, resources in reserved.items() if node_id in there} | new
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    """Whether the node's raylet still takes connections; the head needs seconds longer to find out."""
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), PROBE_TIMEOUT_S).close()
+        return True
+    except OSError:
+        return False
 
 
 class Controller(TrainController):
     """Ray's control loop, plus what the run may be asked to do."""
 
+    _resizing = False
+
+    def _set_state(self, state: Any) -> None:
+        self._resizing = isinstance(self.get_state(), ResizingState)
+        super()._set_state(state)
+
     def _execute_resize_decision(self, decision: Any) -> Any:
         group = self.get_worker_group()
-        if group is not None:
+        # A group that has failed is still there when its successor is started: nothing to save in that one.
+        if group is not None and self._resizing:
             before = len(group.get_workers())
             leave_timeout_s = self._failure_policy.config.cluster.leave_timeout_s
             saved = self._ask(Wish.RESIZE) and self._wait_until_left(leave_timeout_s)

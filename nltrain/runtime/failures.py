@@ -85,10 +85,15 @@ class Failure:
                 text = f"rank {rank}: {error}"
                 return cls("error", text, error.type_name, signature, error.tokens, error.text)
         for rank, gone in silent.items():
-            words = " ".join(str(gone).split())
-            return cls("death", f"rank {rank} was lost: {words[:300]}", type(gone).__name__)
+            return cls("death", f"rank {rank} was lost: {_last_words(gone)}", type(gone).__name__)
         rank, error = next(iter(errors.items()))
         return cls("death", f"rank {rank} lost contact to another rank: {error}", error.type_name, "", error.tokens)
+
+
+def _last_words(gone: BaseException) -> str:
+    """Of Ray's long account the last sentences, which say what happened to the process or its node."""
+    lines = [" ".join(line.split()) for line in str(gone).splitlines() if line.strip()]
+    return "; ".join(lines[-2:])[:300] or type(gone).__name__
 
 
 class Verdict(NamedTuple):

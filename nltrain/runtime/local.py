@@ -83,6 +83,11 @@ class LocalCluster:
         self.environment.pop("RAY_ADDRESS", None)
 
     @property
+    def temp_dir(self) -> Path:
+        """Ray's folder, by a path short enough for its sockets."""
+        return self._owner.short / self._folder.name
+
+    @property
     def job_address(self) -> str:
         """For `ray job submit`."""
         return f"http://127.0.0.1:{self.dashboard_port}"
@@ -102,7 +107,7 @@ class LocalCluster:
             f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
             f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}",
             f"--metrics-export-port={metrics}", f"--object-store-memory={self._object_store_bytes}",
-            f"--temp-dir={self._owner.short / self._folder.name}", "--min-worker-port=0", "--max-worker-port=0",
+            f"--temp-dir={self.temp_dir}", "--min-worker-port=0", "--max-worker-port=0",
         ]  # fmt: skip
         self._process = subprocess.Popen(
             command, env=self.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -120,7 +125,7 @@ class LocalCluster:
     def add_node(self, num_cpus: int) -> "LocalNode":
         """Another raylet with `num_cpus` logical CPUs joins; returns when the cluster counts it as alive."""
         name = f"node_{len(self.nodes) + 1}"
-        node = LocalNode(self, self._folder / f"{name}.log", num_cpus, self._object_store_bytes, name)
+        node = LocalNode(self, self._folder / name, num_cpus, self._object_store_bytes, name)
         self.nodes.append(node)
         node.start()
         return node
@@ -139,7 +144,7 @@ class LocalCluster:
 
     def remove_session_files(self) -> None:
         """Drop Ray's session folder (sockets, spill, working dirs); the head's own log stays."""
-        for path in self._folder.glob("session_*"):
+        for path in [*self._folder.glob("session_*"), *(node.folder for node in self.nodes)]:
             path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
     def _wait_until_it_answers(self) -> None:
@@ -165,8 +170,9 @@ class LocalCluster:
 class LocalNode:
     """A raylet that has joined a LocalCluster. `node_id` is Ray's, in hex."""
 
-    def __init__(self, cluster: LocalCluster, log: Path, num_cpus: int, object_store_bytes: int, name: str) -> None:
-        self._cluster, self._log, self._num_cpus = cluster, log, num_cpus
+    def __init__(self, cluster: LocalCluster, folder: Path, num_cpus: int, object_store_bytes: int, name: str) -> None:
+        self._cluster, self.folder, self._num_cpus = cluster, folder, num_cpus
+        self._log = folder.with_suffix(".log")
         self._object_store_bytes, self._name = object_store_bytes, name
         self._process: subprocess.Popen[bytes] | None = None
         self.raylet_pid = 0
@@ -181,6 +187,8 @@ class LocalNode:
             f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}",
             f"--metrics-export-port={metrics}", f"--object-store-memory={self._object_store_bytes}",
             "--min-worker-port=0", "--max-worker-port=0",
+            # A folder of its own: the nodes' agents would delete each other's unpacked working directories.
+            f"--temp-dir={self._cluster.temp_dir / self._name}",
         ]  # fmt: skip
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
