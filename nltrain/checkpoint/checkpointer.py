@@ -110,10 +110,6 @@ class Checkpointer:
             return bool(self._ranks.gather_ints([late])[0][0])
         return False
 
-    def agree(self, flag: bool) -> bool:
-        """True on all ranks as soon as it is True on one: a SIGTERM or preemption notice that only some got."""
-        return any(row[0] for row in self._ranks.gather_ints([flag]))
-
     def prepare(self, fragments: Fragments, weights: Weights | None = None) -> None:
         """Plan who writes what and take the staging memory now; otherwise the first save does."""
         self._join()

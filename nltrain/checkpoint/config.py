@@ -29,7 +29,7 @@ class CheckpointConfig:
     """A save that comes while one is in flight: wait for it, or skip the new one with a message."""
     max_failures: int = 3
     """Failed saves in a row after which the run stops; each one before is logged as an error."""
-    max_file_bytes: int = 256 << 20
+    max_file_bytes: int = 64 << 20
     """Largest file written, bytes; a rank's share is cut into files of at most this size."""
     num_threads: int = 4
     """Files written or read at a time by one rank."""
