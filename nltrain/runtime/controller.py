@@ -6,6 +6,7 @@ that live and are not being drained. The rest is Ray's: placement, restarts, hea
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -117,7 +118,19 @@ def diagnose(error: Exception) -> Failure:
 class LiveNodes(ElasticScalingPolicy):
     """Ray's reservation is up to 20 s old: leave out nodes that are gone or going, add free ones that have come."""
 
+    _counted: Any = None
+    _counted_s = -math.inf
+
     def _get_reserved_resources(self) -> Any:
+        # Ray's loop asks without a pause while too few nodes are there.
+        if time.monotonic() - self._counted_s >= self.GET_RESERVED_RESOURCES_INTERVAL_S:
+            self._counted = self._count()
+            self._counted_s = time.monotonic()
+        else:
+            time.sleep(0.1)
+        return self._counted
+
+    def _count(self) -> Any:
         reserved = super()._get_reserved_resources()
         if reserved is None:
             return None

@@ -1,0 +1,100 @@
+"""`nltrain status RUN`: what a run is doing or did, read from its folder or from beside its checkpoints in the store.
+
+Needs no cluster and no running job. RUN is the run's output folder, or the run's URL in the store
+(s3://bucket/runs/NAME, or that folder).
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from nltrain.checkpoint import CheckpointError
+from nltrain.checkpoint.catalog import list_checkpoints
+from nltrain.data import MissingObjectError, StoreError, open_store
+from nltrain.track.progress import duration
+from nltrain.track.status import EVERY_S, KEY
+
+# A run publishes every few seconds while it trains; one that has been silent for longer is saving, stuck or gone.
+SILENT_AFTER_S = 12 * EVERY_S
+
+
+class StatusError(ValueError):
+    """There is no run to tell of; the message says where one was looked for."""
+
+
+def read_status(url: str, now_s: float | None = None) -> dict[str, Any]:
+    """The run's last snapshot with `age_s`, `alive`, and its newest checkpoint with its age. Raises StatusError."""
+    now_s = time.time() if now_s is None else now_s
+    try:
+        found = json.loads(open_store(url).get(KEY))
+    except MissingObjectError:
+        raise StatusError(
+            f"{url}: no {KEY} there; give the run's output folder, or CHECKPOINT_URL/NAME as the job printed them"
+        ) from None
+    found["age_s"] = round(now_s - found["time_s"], 1)
+    found["alive"] = found["state"] in ("starting", "training", "resized", "preempted") and (
+        found["age_s"] < SILENT_AFTER_S
+    )
+    complete = [info for info in list_checkpoints(open_store(found["checkpoint_url"]), found["run"]) if info.complete]
+    newest = complete[-1] if complete else None
+    found["checkpoint"] = newest and {
+        "name": newest.name,
+        "tokens": newest.tokens,
+        "age_s": round(now_s - newest.created_s, 1),
+    }
+    return found
+
+
+def describe_status(status: dict[str, Any]) -> str:
+    """The same for people."""
+    tokens, total = status["tokens"], status["total_tokens"]
+    state = status["state"]
+    if not status["alive"] and state in ("starting", "training"):
+        state = f"silent for {duration(status['age_s'])} (was {state}): saving, restarting, or gone"
+    lines = [
+        f"run {status['run']}: {state}",
+        f"  tokens      {tokens:,} of {total:,} ({100 * tokens / total:.1f} %)",
+    ]
+    if status.get("loss") is not None:
+        speed = status["tokens_per_s"]
+        left = f", {duration((total - tokens) / max(speed, 1e-9))} left" if status["alive"] else ""
+        lines.append(f"  loss        {status['loss']:.4f} nats per token, {speed:,.0f} tok/s{left}")
+    lines.append(f"  attempt     {status['attempt']} with {status['workers']} workers")
+    checkpoint = status["checkpoint"]
+    lines.append(
+        f"  checkpoint  {checkpoint['tokens']:,} tokens, {duration(checkpoint['age_s'])} old ({checkpoint['name']})"
+        if checkpoint
+        else "  checkpoint  none yet"
+    )
+    restarts = status["attempts"][1:]
+    wasted = sum(attempt["tokens_lost"] for attempt in restarts)
+    lines.append(f"  restarts    {len(restarts)}, {wasted:,} tokens trained again")
+    for attempt in restarts[-10:]:
+        lines.append(
+            f"    attempt {attempt['attempt']} at {attempt['from_tokens']:,} tokens, {attempt['workers']} workers, "
+            f"{attempt['tokens_lost']:,} tokens again: {attempt['reason']}"
+        )
+    for name, level in status["levels"].items():
+        upcoming = level["next_tick_tokens"]
+        when = "frozen" if upcoming is None else f"next at {upcoming:,} (in {upcoming - tokens:,})"
+        done = f"{level['done']} of {level['due']} updates" + (f", {level['skipped']} skipped" * bool(level["skipped"]))
+        lines.append(f"  level {name:<10} every {level['period_tokens']:,} tokens, {done}, {when}")
+    return "\n".join(lines)
+
+
+def status_main(arguments: Sequence[str]) -> int:
+    """`nltrain status RUN [--json]`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="nltrain status", description="What a run is doing, live or finished.")
+    parser.add_argument("run", help="output folder of the run, or its URL in the store: s3://bucket/runs/NAME")
+    parser.add_argument("--json", action="store_true", help="everything, as one JSON object")
+    options = parser.parse_args(arguments)
+    try:
+        status = read_status(options.run)
+    except (StatusError, StoreError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(json.dumps(status) if options.json else describe_status(status))
+    return 0
