@@ -58,12 +58,12 @@ class ShardCache:
 
         Shards in `keep` are dropped last.
         """
-        self._make_room(num_bytes, set(keep))
         # One name per shard: what a killed process left is overwritten by the next that holds the lock.
         partial = self._path(sha256).with_suffix(PARTIAL_SUFFIX)
         digest = hashlib.sha256()
         try:
-            with open(partial, "wb") as file:
+            self._reserve(partial, num_bytes, set(keep))
+            with open(partial, "r+b") as file:
                 for part in parts():
                     digest.update(part)
                     file.write(part)
@@ -110,8 +110,10 @@ class ShardCache:
                     files.append((status.st_mtime, status.st_size, path))
         return sorted(files)
 
-    def _make_room(self, num_bytes: int, keep: set[str]) -> None:
+    def _reserve(self, partial: Path, num_bytes: int, keep: set[str]) -> None:
+        """Makes room and takes it, so that shards fetched at the same time do not share it."""
         with self._flock("room.lock", wait=True):
+            partial.unlink(missing_ok=True)
             files = self._files()
             total = sum(size for _, size, _ in files)
             # Those that this process needs soon go last.
@@ -122,3 +124,5 @@ class ShardCache:
                     continue  # another process is writing it
                 path.unlink(missing_ok=True)
                 total -= size
+            with open(partial, "wb") as file:
+                file.truncate(num_bytes)

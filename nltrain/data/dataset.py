@@ -72,6 +72,8 @@ class TokenDataset:
         if index is None:
             line = self.shards[shard]
             data = self.store.get(line.index_key)
+            if hashlib.sha256(data).hexdigest() != line.index_sha256:
+                data = self.store.get(line.index_key)  # damaged on its way, perhaps
             index = ShardIndex.parse(data, join_url(self.url, line.index_key), line.index_sha256)
             with self._indexes_lock:  # readers are threads
                 self._indexes[shard] = index

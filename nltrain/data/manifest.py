@@ -84,6 +84,7 @@ class Manifest:
             for name, split in sorted(self.splits.items())
         }
         content["report"] = self.report
+        content["sha256"] = _content_sha256(content)
         return (json.dumps(content, indent=1) + "\n").encode()
 
     @classmethod
@@ -91,6 +92,8 @@ class Manifest:
         """The manifest of these bytes; `url` names it in errors."""
         try:
             content = json.loads(data)
+            if content.pop("sha256") != _content_sha256(content):
+                raise ValueError("its checksum does not match")
             splits = {
                 name: Split(tuple(Shard(**shard) for shard in split["shards"]))
                 for name, split in content["splits"].items()
@@ -100,12 +103,18 @@ class Manifest:
             names = ("seq_len", "dtype", "vocab_size", "separator_id", "tokenizer_sha256", "report")
             manifest = cls(splits=splits, **{name: content[name] for name in names})
             np.dtype(manifest.dtype)
-        except (ValueError, KeyError, TypeError) as error:
+        except DataError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{url}: not a dataset manifest, or a truncated one ({type(error).__name__}: {error}): "
+                f"{url}: not a dataset manifest, or a truncated or altered one ({type(error).__name__}: {error}): "
                 "prepare the dataset again"
             ) from error
         return manifest
+
+
+def _content_sha256(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(store: Store) -> Manifest:

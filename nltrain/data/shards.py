@@ -237,7 +237,7 @@ class MemberView:
     def sequence(self, slot: int) -> Sequence:
         """The sequence at `slot` of this member."""
         first = slot * self.seq_len
-        lower, upper = np.searchsorted(self.starts, (first, first + self.seq_len))
+        lower, upper = self.starts.searchsorted((first, first + self.seq_len))
         num_targets = min(self.seq_len, self.member.num_tokens - 1 - first)
         return Sequence(
             self.tokens[first : first + self.seq_len + 1],

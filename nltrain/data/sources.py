@@ -119,9 +119,10 @@ def cut_groups(files: Sequence[InputFile], group_bytes: int) -> list[list[InputF
 
 def read_documents(files: Sequence[InputFile], text_field: str, dropped: Dropped) -> Iterator[Document]:
     """The documents of these files, in order; what cannot be one is added to `dropped`."""
+    stores: dict[str, Store] = {}
     for file in files:
         kind = file_kind(file.key)
-        store = open_store(file.root)
+        store = stores.get(file.root) or stores.setdefault(file.root, open_store(file.root))
         with _local_path(store, file) as path:
             if kind in TEXT_KINDS:
                 documents = _read_text(file, path, dropped)

@@ -415,7 +415,12 @@ def _is_transient(error: Exception) -> bool:
         return status >= 500 or status == 429 or code in names
     if isinstance(error, S3UploadFailedError):
         return isinstance(error.__context__, Exception) and _is_transient(error.__context__)
-    kinds = (exceptions.HTTPClientError, exceptions.IncompleteReadError, exceptions.FlexibleChecksumError)
+    kinds = (
+        exceptions.HTTPClientError,
+        exceptions.ConnectionError,
+        exceptions.IncompleteReadError,
+        exceptions.FlexibleChecksumError,
+    )
     # ResponseParserError: an XML answer cut in the middle.
     return isinstance(error, (*kinds, ResponseParserError, HTTPError, ShortBodyError, ConnectionError, TimeoutError))
 

@@ -1,0 +1,136 @@
+"""Packing loses no token and no boundary, costs few bytes, and stays readable by webdataset."""
+
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nltrain.data import DataError, TokenDataset, open_store
+from nltrain.data.shards import MemberView, ShardIndex, ShardPacker, member_range
+from nltrain.data.tokenizer import token_dtype
+from tests.data.support import make_dataset
+
+
+@given(
+    st.lists(st.integers(1, 70), min_size=1, max_size=40),
+    st.integers(1, 17),
+    st.integers(1, 200),
+    st.integers(1, 3000),
+    st.sampled_from([300, 70_000]),
+)
+@settings(deadline=None)
+def test_tokens_and_boundaries_survive_packing(
+    lengths: list[int], seq_len: int, bytes_per_member: int, bytes_per_shard: int, vocab_size: int
+) -> None:
+    documents = np.split(np.arange(sum(lengths)) % vocab_size, np.cumsum(lengths)[:-1])
+    packer = ShardPacker("s", seq_len, token_dtype(vocab_size), bytes_per_member, bytes_per_shard)
+    finished = [shard for document in documents for shard in packer.add(document)] + packer.finish()
+    tokens, starts, num_targets = [], [], 0
+    for shard, data, index_data in finished:
+        index = ShardIndex.parse(index_data, "u", shard.index_sha256)
+        assert len(data) == shard.num_bytes
+        for position, member in enumerate(index.members):
+            view = MemberView.cut(index, position, memoryview(data))
+            start, length = member_range(member)
+            alone = MemberView.cut(index, position, memoryview(data)[start : start + length], base=start)
+            assert view.is_intact() and alone.is_intact()
+            for slot in range(member.num_sequences):
+                sequence = view.sequence(slot)
+                assert (sequence.tokens[sequence.num_targets + 1 :] == 0).all()
+                starts += [len(tokens) + int(start) for start in sequence.starts]
+                # A sequence without targets holds nothing but a document's only token, which the last one ended with.
+                tokens += sequence.tokens[: max(sequence.num_targets, 0)].tolist()
+                num_targets += sequence.num_targets
+                last = int(sequence.tokens[sequence.num_targets])
+    tokens.append(last)
+    assert tokens == np.concatenate(documents).tolist()
+    assert starts == [0, *np.cumsum(lengths)[:-1].tolist()]
+    assert sum(shard.num_tokens for shard, _, _ in finished) == sum(lengths)
+    assert sum(shard.num_targets for shard, _, _ in finished) == num_targets == sum(lengths) - 1
+    assert sum(shard.num_documents for shard, _, _ in finished) == len(lengths)
+
+
+def test_each_token_is_two_bytes_while_its_id_fits() -> None:
+    assert token_dtype(65_536) == np.uint16
+    assert token_dtype(65_537) == np.uint32
+
+
+@pytest.mark.parametrize("seq_len", [256, 1024, 4096])
+def test_tar_costs_less_than_five_percent(tmp_path: Path, seq_len: int) -> None:
+    defaults = {"bytes_per_member": 256 << 10, "bytes_per_shard": 16 << 20}
+    dataset = make_dataset(str(tmp_path), (1 << 20) // seq_len, seq_len, **defaults)
+    payload = sum(
+        member.tokens.num_bytes + member.starts.num_bytes
+        for shard in range(len(dataset.shards))
+        for member in dataset.index(shard).members
+    )
+    total = sum(shard.num_bytes for shard in dataset.shards)
+    assert 1 - payload / total <= 0.05
+
+
+def test_webdataset_and_tar_read_a_shard(tmp_path: Path) -> None:
+    dataset = make_dataset(str(tmp_path), 50)
+    path = tmp_path / dataset.shards[0].key
+    members = dataset.index(0).members
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in samples] == [member.key for member in members]
+    assert [len(sample["tokens"]) for sample in samples] == [member.tokens.num_bytes for member in members]
+    with tarfile.open(path) as archive:
+        entries = archive.getmembers()
+    assert {entry.mtime for entry in entries} == {0}
+    assert [entry.offset_data for entry in entries] == [
+        entry.offset for member in members for entry in (member.starts, member.tokens)
+    ]
+
+
+def test_a_flipped_bit_in_a_shard_is_found_and_named(tmp_path: Path) -> None:
+    dataset = make_dataset(str(tmp_path), 60, bytes_per_shard=1 << 16)
+    path = tmp_path / dataset.shards[0].key
+    damaged = bytearray(path.read_bytes())
+    damaged[dataset.index(0).members[2].tokens.offset + 5] ^= 4
+    path.write_bytes(damaged)
+    with pytest.raises(DataError, match=rf"{path}: checksum mismatch \(member 000002\)"):
+        list(dataset.sequences())
+
+
+def test_a_truncated_index_is_refused(tmp_path: Path) -> None:
+    dataset = make_dataset(str(tmp_path), 60)
+    path = tmp_path / dataset.shards[0].index_key
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=rf"{path}: the index \(\d+ bytes\) is truncated or altered"):
+        dataset.index(0)
+
+
+def test_a_truncated_manifest_is_refused(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path), 60)
+    path = tmp_path / "manifest.json"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match=rf"{path}: not a dataset manifest, or a truncated or altered one"):
+        TokenDataset(open_store(str(tmp_path)))
+
+
+def test_an_altered_manifest_is_refused(tmp_path: Path) -> None:
+    make_dataset(str(tmp_path), 60)
+    path = tmp_path / "manifest.json"
+    path.write_text(path.read_text().replace('"seq_len": 16', '"seq_len": 17'))
+    with pytest.raises(DataError, match=r"altered one .*checksum does not match"):
+        TokenDataset(open_store(str(tmp_path)))
+
+
+def test_an_altered_tokenizer_is_refused(tmp_path: Path) -> None:
+    dataset = make_dataset(str(tmp_path), 60)
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(DataError, match=rf"{path}: altered"):
+        dataset.tokenizer()
+
+
+def test_the_fingerprint_names_the_content(tmp_path: Path) -> None:
+    dataset = make_dataset(str(tmp_path / "a"), 60)
+    assert make_dataset(str(tmp_path / "b"), 60).fingerprint == dataset.fingerprint
+    assert make_dataset(str(tmp_path / "c"), 60, seed=1).fingerprint != dataset.fingerprint
+    assert make_dataset(str(tmp_path / "d"), 120, 8).fingerprint != dataset.fingerprint

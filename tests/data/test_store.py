@@ -1,0 +1,168 @@
+"""S3 and a local folder behave alike; faults are survived, mistakes are explained in one line and quickly."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from nltrain.data.embedded_s3 import EmbeddedS3
+from nltrain.data.fault_proxy import FaultProxy
+from nltrain.data.store import MissingObjectError, Store, StoreError, open_store
+
+
+@pytest.fixture(params=["s3", "folder", "file_url"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "s3":
+        return open_store(request.getfixturevalue("bucket") + "/some/prefix")
+    return open_store(f"file://{tmp_path}/store" if request.param == "file_url" else str(tmp_path / "store"))
+
+
+def test_what_is_put_is_got_listed_sized_and_deleted(store: Store, tmp_path: Path) -> None:
+    store.put("a/one", b"12345")
+    store.put("a/one", b"123456")
+    store.put("b", memoryview(b"xy"))
+    (tmp_path / "file").write_bytes(b"file")
+    store.put_file("a/two", tmp_path / "file")
+    assert store.get("a/one") == b"123456"
+    assert store.get_range("a/one", 2, 3) == b"345"
+    assert store.get_range("a/one", 2, 0) == b""
+    assert store.get("a/two") == b"file"
+    assert [(found.key, found.num_bytes) for found in store.list()] == [("a/one", 6), ("a/two", 4), ("b", 2)]
+    assert [found.key for found in store.list("a/o")] == ["a/one"]
+    assert all(abs(found.modified_s - time.time()) < 3600 for found in store.list())
+    assert store.size("b") == 2
+    assert store.exists("b") and not store.exists("c") and not store.exists("a")
+    store.delete("b")
+    store.delete("b")
+    assert not store.exists("b")
+    assert store.list("b") == []
+
+
+def test_put_if_absent_creates_once(store: Store) -> None:
+    assert store.put_if_absent("claim", b"first")
+    assert not store.put_if_absent("claim", b"second")
+    assert store.get("claim") == b"first"
+
+
+def test_a_missing_object_and_a_short_range_are_named(store: Store) -> None:
+    with pytest.raises(MissingObjectError, match="nothing/here"):
+        store.get("nothing/here")
+    with pytest.raises(MissingObjectError, match="nothing"):
+        store.size("nothing")
+    store.put("short", b"abc")
+    with pytest.raises(StoreError, match="short"):
+        open_store(store.url, attempts=2, backoff_s=0.01).get_range("short", 1, 10)
+
+
+def test_a_key_cannot_leave_the_store(store: Store) -> None:
+    for key in ("../x", "/etc/passwd", "a//b", "", "a/./b"):
+        with pytest.raises(StoreError, match="plain relative path"):
+            store.put(key, b"")
+
+
+def test_readers_of_a_folder_see_whole_objects_only(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    versions = [bytes([n]) * 200_000 for n in range(4)]
+    store.put("x/y", versions[0])
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.is_set():
+            for version in versions:
+                store.put("x/y", version)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        assert all(store.get("x/y") in versions for _ in range(200))
+    finally:
+        stop.set()
+        writer.join()
+    assert [found.key for found in store.list()] == ["x/y"]
+
+
+def test_an_object_larger_than_one_part_survives(bucket: str) -> None:
+    store = open_store(bucket)
+    data = os.urandom(1 << 20) * 70
+    store.put("large", data)
+    assert store.get("large") == data
+
+
+def test_faults_of_the_network_are_survived(s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with FaultProxy(s3.endpoint_url, probability=0.3, stall_s=3) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+        store = open_store(bucket, attempts=15, timeout_s=0.3, backoff_s=0.01)
+        for number in range(12):
+            data = os.urandom(5000)
+            store.put(f"put/{number}", data)
+            assert store.get(f"put/{number}") == data
+            assert store.get_range(f"put/{number}", 100, 50) == data[100:150]
+            assert store.put_if_absent(f"claim/{number}", data)
+            assert not store.put_if_absent(f"claim/{number}", b"other")
+            store.delete(f"put/{number}")
+        assert len(store.list("claim/")) == 12 and store.list("put/") == []
+        assert proxy.num_faults > 15
+
+
+def test_a_network_that_stays_broken_ends_in_one_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    started_s = time.monotonic()
+    with pytest.raises(StoreError, match=rf"{bucket}/key: get failed 3 times.*AWS_ENDPOINT_URL") as error:
+        open_store(bucket, attempts=3, backoff_s=0.01).get("key")
+    assert "\n" not in str(error.value)
+    assert time.monotonic() - started_s < 10
+
+
+def test_missing_credentials_are_named_at_once(bucket: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    started_s = time.monotonic()
+    with pytest.raises(StoreError, match=r"no AWS credentials found: set AWS_ACCESS_KEY_ID"):
+        open_store(bucket).get("key")
+    assert time.monotonic() - started_s < 10
+
+
+@pytest.mark.parametrize(
+    ("refusal", "says"),
+    [
+        ((400, "AuthorizationHeaderMalformed", {}), "not in region 'us-east-1'.*set AWS_REGION"),
+        ((301, "PermanentRedirect", {"x-amz-bucket-region": "eu-west-1"}), "set AWS_REGION=eu-west-1"),
+        ((403, "AccessDenied", {}), "access refused .AccessDenied.: check the credentials"),
+        ((403, "ExpiredToken", {}), "access refused .ExpiredToken."),
+    ],
+)
+def test_a_refusal_is_explained_and_not_retried(
+    s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch, refusal: tuple[int, str, dict[str, str]], says: str
+) -> None:
+    with FaultProxy(s3.endpoint_url, probability=0) as proxy:
+        proxy.refusal = refusal
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+        store = open_store(bucket)
+        with pytest.raises(StoreError, match=says):
+            store.get("key")
+        assert store.retries == 0  # type: ignore[attr-defined]
+
+
+def test_a_missing_bucket_is_named(s3: EmbeddedS3) -> None:
+    with s3.in_environment(), pytest.raises(StoreError, match=r"s3://no-such-bucket/x/key.*does not exist"):
+        open_store("s3://no-such-bucket/x").get("key")
+
+
+@pytest.mark.parametrize("url", ["", "gs://bucket/x", "s3://", "file://folder/x"])
+def test_a_url_that_cannot_be_a_store_is_refused(url: str) -> None:
+    with pytest.raises(StoreError):
+        open_store(url)
+
+
+def test_the_embedded_server_leaves_nothing_behind() -> None:
+    with EmbeddedS3("bucket") as server:
+        folder, pid = Path(server.folder), server.pid
+        assert folder.is_dir()
+    assert not folder.exists()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

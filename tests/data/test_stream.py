@@ -1,0 +1,310 @@
+"""Streams off S3: exactly once over ranks and restarts, seeks instead of replays, bounded memory, faults survived."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nltrain.data import Batch, DataConfig, DataError, MissingObjectError, TokenStream, open_plan, open_store
+from nltrain.data.embedded_s3 import EmbeddedS3
+from nltrain.data.fault_proxy import FaultProxy
+from nltrain.data.stream import sequential_ranges
+from nltrain.levels.quantum import cut_quantum
+from tests.data.support import contents, make_dataset, rows
+
+ROOT = Path(__file__).resolve().parents[2]
+SEQ_LEN = 16
+
+
+def config_for(url: str, tmp_path: Path, **options: object) -> DataConfig:
+    defaults = {"seq_len": SEQ_LEN, "cache_dir": str(tmp_path / "cache"), "window_shards": 2}
+    return DataConfig(prefix=url, **defaults | options)  # type: ignore[arg-type]
+
+
+def rank_ranges(rank: int, world_size: int, micro: int, quantum: int, first: int, num: int) -> Iterator[range]:
+    """This rank's samples of quanta [first, first + num)."""
+    for number in range(first, first + num):
+        for step in cut_quantum(quantum, micro, world_size):
+            part = step[rank]
+            yield range(number * quantum + part.start, number * quantum + part.stop)
+
+
+def test_batches_hold_what_was_stored_in_the_order_of_the_plan(bucket: str, tmp_path: Path) -> None:
+    dataset = make_dataset(bucket, 203)
+    truth, config = contents(dataset), config_for(bucket, tmp_path)
+    plan = open_plan(config)
+    seen = []
+    with TokenStream(config, plan, sequential_ranges(203, 7)) as stream:
+        for number, batch in enumerate(stream):
+            assert batch.sample_indices == tuple(range(number * 7, min(203, number * 7 + 7)))
+            assert batch.tokens.dtype == batch.targets.dtype == torch.int64
+            assert batch.tokens.shape == batch.targets.shape == batch.document_starts.shape
+            assert batch.num_targets == int((batch.targets != -100).sum())
+            seen += rows(batch, plan)
+    assert dict(seen) == truth and len(seen) == len(truth) == 203
+    assert stream.num_batches == 29 and stream.wait_s > 0
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 8])
+def test_ranks_and_restarts_together_read_each_sample_once(bucket: str, tmp_path: Path, world_size: int) -> None:
+    """Killed after every few quanta, with batches already made ready; each life begins where finished steps ended."""
+    dataset = make_dataset(bucket, 150)
+    truth, config = contents(dataset), config_for(bucket, tmp_path)
+    quantum, micro, position = 11, 2, 0
+    seen: Counter[tuple[int, int]] = Counter()
+    order: list[int] = []
+    plan = open_plan(config)
+    for life in (1, 3, 2, 100):
+        num = min(life, -(-150 // quantum) - position)
+        samples: dict[int, tuple] = {}
+        for rank in range(world_size):
+            # Each rank would go on for ever; it is stopped after `num` quanta.
+            ranges = rank_ranges(rank, world_size, micro, quantum, position, 1000)
+            steps = num * len(cut_quantum(quantum, micro, world_size))
+            with TokenStream(config, plan, ranges) as stream:
+                for _ in range(steps):
+                    batch = next(stream)
+                    samples |= dict(zip(batch.sample_indices, rows(batch, plan), strict=True))
+        position = plan.restore(json.loads(json.dumps(plan.state((position + num) * quantum)))) // quantum
+        order += sorted(samples)
+        for index, (place, content) in samples.items():
+            if index < 150:
+                seen[place] += 1
+                assert content == truth[place]
+    assert order == list(range(position * quantum)) and position * quantum >= 150
+    assert seen == Counter(truth.keys())
+
+
+def test_a_rank_without_a_sequence_gets_padding(tmp_path: Path) -> None:
+    url = str(tmp_path / "set")
+    make_dataset(url, 20)
+    config = config_for(url, tmp_path)
+    with TokenStream(config, open_plan(config), iter([[], range(0), [5, 3], []])) as stream:
+        batches = list(stream)
+    assert [batch.sample_indices for batch in batches] == [(), (), (5, 3), ()]
+    for batch in (batches[0], Batch.padding(SEQ_LEN)):
+        assert batch.tokens.shape == (1, SEQ_LEN) and batch.num_targets == 0
+        assert (batch.targets == -100).all() and not batch.document_starts.any()
+
+
+RESUME = """
+import json, sys, time
+import torch
+from nltrain.data import DataConfig, TokenStream, open_plan
+from nltrain.data.stream import sequential_ranges
+request = json.loads(sys.stdin.read())
+config = DataConfig(**request["config"] | {"weights": ()})
+started_s = time.perf_counter()
+plan = open_plan(config)
+first = plan.restore(request["state"])
+with TokenStream(config, plan, sequential_ranges(10**9, request["batch"], first)) as stream:
+    batches = [next(stream)]
+    first_s = time.perf_counter() - started_s
+    batches += [next(stream) for _ in range(49)]
+found = [[batch.tokens.tolist(), batch.targets.tolist(), batch.document_starts.tolist()] for batch in batches]
+print(json.dumps({"first_s": first_s, "batches": found}))
+"""
+
+
+@pytest.mark.parametrize("position", [0, 77, 1911, 3000])
+def test_restored_in_a_new_process_the_next_fifty_batches_are_equal(bucket: str, tmp_path: Path, position: int) -> None:
+    make_dataset(bucket, 2000, bytes_per_shard=1 << 14)
+    config = config_for(bucket, tmp_path)
+    plan = open_plan(config)
+    with TokenStream(config, plan, sequential_ranges(10**9, 3)) as stream:
+        batches = [next(stream) for _ in range(position // 3 + 50)]
+    state = plan.state(position // 3 * 3)
+    fresh = replace(config, cache_dir=str(tmp_path / "other"))
+    request = json.dumps({"config": vars(fresh), "state": state, "batch": 3})
+    done = subprocess.run(
+        [sys.executable, "-c", RESUME], input=request, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    answer = json.loads(done.stdout)
+    for batch, found in zip(batches[position // 3 :], answer["batches"], strict=True):
+        assert [batch.tokens.tolist(), batch.targets.tolist(), batch.document_starts.tolist()] == found
+
+
+def test_a_seek_costs_the_same_number_of_requests_anywhere(
+    s3: EmbeddedS3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_dataset(bucket, 4000)
+    with FaultProxy(s3.endpoint_url, probability=0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+        config = config_for(bucket, tmp_path)
+        requests = []
+        for share in (0.1, 0.9):
+            plan = open_plan(config)
+            before = proxy.num_requests
+            ranges = [range(int(share * 4000), int(share * 4000) + 4)]
+            with TokenStream(replace(config, cache_dir=str(tmp_path / str(share))), plan, ranges) as stream:
+                next(stream)
+            requests.append(proxy.num_requests - before)
+    assert max(requests) <= 2 * 4  # an index and a range for each sample
+
+
+def test_two_percent_and_more_of_faults_lose_double_and_alter_nothing(
+    s3: EmbeddedS3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(bucket, 1200, bytes_per_shard=1)
+    truth = contents(dataset)
+    kinds = ("error_500", "slow_down", "reset", "stall", "truncate", "flip")
+    with FaultProxy(s3.endpoint_url, probability=0.05, kinds=kinds, stall_s=3.0) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+        epoch, num_flips = 0, 0
+        while proxy.num_faults < 60:
+            cache = str(tmp_path / f"cache{epoch}")
+            config = config_for(bucket, tmp_path, cache_dir=cache, seed=epoch, timeout_s=0.4, attempts=10)
+            config = replace(config, range_read_batches=10**6 if epoch % 2 else 0)
+            plan = open_plan(config)
+            with TokenStream(config, plan, sequential_ranges(1200, 8)) as stream:
+                seen = [row for batch in stream for row in rows(batch, plan)]
+            assert len(seen) == 1200 and dict(seen) == truth
+            num_flips += stream.num_damaged_transfers
+            epoch += 1
+        assert num_flips > 0
+
+
+def test_a_flipped_bit_in_the_bucket_stops_with_shard_and_member(bucket: str, tmp_path: Path) -> None:
+    dataset = make_dataset(bucket, 60, bytes_per_shard=1 << 16)
+    store, shard = open_store(bucket), dataset.shards[0]
+    damaged = bytearray(store.get(shard.key))
+    damaged[dataset.index(0).members[1].tokens.offset] ^= 1
+    store.put(shard.key, bytes(damaged))
+    for range_read_batches in (0, 100):
+        config = config_for(bucket, tmp_path, range_read_batches=range_read_batches)
+        stream = TokenStream(config, open_plan(config), sequential_ranges(60, 4))
+        with stream, pytest.raises(DataError, match=rf"{bucket}/{shard.key}: .*member 000001"):
+            list(stream)
+
+
+def test_a_damaged_cache_file_is_fetched_again(bucket: str, tmp_path: Path) -> None:
+    truth = contents(make_dataset(bucket, 60))
+    config = config_for(bucket, tmp_path, range_read_batches=0)
+    for _ in range(2):
+        plan = open_plan(config)
+        with TokenStream(config, plan, sequential_ranges(60, 4)) as stream:
+            assert dict(row for batch in stream for row in rows(batch, plan)) == truth
+        path = next((tmp_path / "cache").glob("*.shard"))
+        data = bytearray(path.read_bytes())
+        data[700] ^= 1
+        path.write_bytes(data)
+    assert stream.num_damaged_transfers == 1
+
+
+def test_a_shard_deleted_under_way_stops_with_its_url_after_the_batches_before_it(bucket: str, tmp_path: Path) -> None:
+    dataset = make_dataset(bucket, 400)
+    config = config_for(bucket, tmp_path, window_shards=1, prefetch_batches=2)
+    plan = open_plan(config)
+    deleted = plan(250).shard
+    first_missing = min(i for i in range(400) if plan(i).shard == deleted)
+    open_store(bucket).delete(dataset.shards[deleted].key)
+    seen = 0
+    stream = TokenStream(config, plan, sequential_ranges(400, 5))
+    with stream, pytest.raises(MissingObjectError, match=rf"{bucket}/{dataset.shards[deleted].key}: "):
+        for batch in stream:
+            seen += len(batch.sample_indices)
+    assert first_missing - 5 < seen <= first_missing
+    with pytest.raises(MissingObjectError):
+        next(stream)
+    assert plan.restore(plan.state(seen)) == seen
+
+
+def test_memory_stays_within_the_configured_buffer(bucket: str, tmp_path: Path) -> None:
+    make_dataset(bucket, 3000, 64, bytes_per_shard=1 << 15)
+    buffer_bytes = 200_000
+    config = config_for(bucket, tmp_path, seq_len=64, buffer_bytes=buffer_bytes, prefetch_batches=1000)
+    with TokenStream(config, open_plan(config), sequential_ranges(3000, 4)) as stream:
+        next(stream)
+        threading.Event().wait(0.5)  # a slow consumer: the threads fill what they may
+        list(stream)
+    assert 0.3 * buffer_bytes < stream.peak_buffer_bytes <= buffer_bytes
+    with pytest.raises(DataError, match=r"data.buffer_bytes: 200000: one batch of 400 x 64 tokens"):
+        list(TokenStream(config, open_plan(config), [range(400)]))
+
+
+def test_two_datasets_are_mixed_by_weight(tmp_path: Path) -> None:
+    urls = [str(tmp_path / name) for name in ("a", "b")]
+    truths = [contents(make_dataset(url, 100, seed=number)) for number, url in enumerate(urls)]
+    config = config_for(",".join(urls), tmp_path, weights=(3.0, 1.0))
+    plan = open_plan(config)
+    counts: Counter[int] = Counter()
+    with TokenStream(config, plan, sequential_ranges(2000, 8)) as stream:
+        for batch in stream:
+            for index, (place, content) in zip(batch.sample_indices, rows(batch, plan), strict=True):
+                number = plan(index).dataset
+                counts[number] += 1
+                assert content == truths[number][place]
+    assert abs(counts[0] - 1500) < 40
+
+
+def test_closing_early_ends_all_threads(bucket: str, tmp_path: Path) -> None:
+    make_dataset(bucket, 400)
+    config = config_for(bucket, tmp_path)
+    before = threading.active_count()
+    for taken in (0, 1, 5):
+        with TokenStream(config, open_plan(config), sequential_ranges(400, 2)) as stream:
+            for _ in range(taken):
+                next(stream)
+        with pytest.raises(StopIteration):
+            next(stream)
+    assert threading.active_count() == before
+
+
+def refused(config: DataConfig, indices: Sequence[int] = (0,)) -> str:
+    with pytest.raises(DataError) as error, TokenStream(config, open_plan(config), [indices]) as stream:
+        list(stream)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_wrong_configurations_are_refused_in_one_line(bucket: str, tmp_path: Path) -> None:
+    make_dataset(f"{bucket}/a", 100)
+    make_dataset(f"{bucket}/longer", 100, 32)
+    config = config_for(f"{bucket}/a", tmp_path)
+    assert "data.prefix: empty" in refused(replace(config, prefix=""))
+    assert f"{bucket}/none/manifest.json: no prepared dataset there" in refused(
+        replace(config, prefix=f"{bucket}/none")
+    )
+    says = refused(replace(config, seq_len=32))
+    assert says.startswith(f"data.seq_len: 32, but {bucket}/a was prepared with 16: ")
+    assert "data.split: 'test' is not in" in refused(replace(config, split="test"))
+    assert "split 'validation' holds no sequences" in refused(replace(config, split="validation"))
+    assert "data.cache_bytes: 5000: two windows of 2 shards" in refused(replace(config, cache_bytes=5000))
+    for wrong, says in (
+        ({"seq_len": 0}, "data.seq_len: 0"),
+        ({"weights": (1.0, 2.0)}, "data.weights: 2 weights for 1 prefixes"),
+        ({"weights": (-1.0,)}, "data.weights: .*positive"),
+        ({"download_threads": 0}, "data.download_threads: 0"),
+        ({"range_read_batches": -1}, "data.range_read_batches: -1"),
+    ):
+        with pytest.raises(DataError, match=says):
+            replace(config, **wrong)
+    cases = replace(config, prefix=f"{bucket}/a,{bucket}/longer")
+    assert "data.seq_len: 16" in refused(cases)
+
+
+def test_mixed_vocabularies_are_refused(tmp_path: Path) -> None:
+    from nltrain.data import PrepareConfig, prepare, train_tokenizer
+
+    for name, words in (("a", "some words"), ("b", "entirely different text, in more words")):
+        tokenizer = train_tokenizer([words] * 3, 260 + len(words))
+        config = PrepareConfig(seq_len=SEQ_LEN, validation_fraction=0.0)
+        prepare([("one", words * 20)], open_store(str(tmp_path / name)), tokenizer, config)
+    says = refused(config_for(f"{tmp_path}/a,{tmp_path}/b", tmp_path))
+    assert "different tokenizers" in says and f"{tmp_path}/a (vocabulary " in says and f"{tmp_path}/b" in says
+
+
+def test_missing_credentials_stop_a_stream_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(Exception, match=r"s3://somewhere/x/manifest.json: get: no AWS credentials found"):
+        open_plan(config_for("s3://somewhere/x", tmp_path))
