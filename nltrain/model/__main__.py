@@ -28,9 +28,7 @@ def main() -> None:
     if "--json" in sys.argv[1:]:
         print(json.dumps(rows))
         return
-    print(
-        "preset  vocab   width  layers  head  | Hope: parameters (base + CMS levels)          | Transformer++ | ratio"
-    )
+    print("preset  vocab   width  layers  head  | Hope: parameters by level" + 31 * " " + "| Transformer++ | ratio")
     for name, families in rows.items():
         config = preset("hope", name)
         hope, transformer = sum(families["hope"].values()), sum(families["transformer"].values())

@@ -16,7 +16,6 @@ from tests.kernels.helpers import errors, evaluate, leaves, make_case, relative,
 
 FORWARD, BACKWARD = 1e-12, 1e-10
 
-# name: (fields, what it adds to the pairwise cover)
 OPTIONS: dict[str, dict] = {
     "defaults": {},
     "frozen_read": {"read": "frozen"},
@@ -75,10 +74,7 @@ def _pairwise() -> list[dict]:
         for name in names:
             if name not in chosen:
                 gain = [
-                    sum(
-                        ((m, chosen[m], name, n) in open_pairs) or ((name, n, m, chosen[m]) in open_pairs)
-                        for m in chosen
-                    )
+                    len(open_pairs & {p for m, i in chosen.items() for p in ((m, i, name, n), (name, n, m, i))})
                     for n in range(len(FACTORS[name]))
                 ]
                 chosen[name] = gain.index(max(gain))
@@ -167,9 +163,8 @@ def test_recomputed_chunks_give_the_same_gradients() -> None:
     live = with_leaves(case, named)
     gradients = []
     for recompute in (False, True):
-        out, _ = chunk.self_modify(
-            live.inputs, live.initial, live.rule, None, live.document_starts, recompute=recompute
-        )
+        arguments = (live.inputs, live.initial, live.rule, None, live.document_starts)
+        out, _ = chunk.self_modify(*arguments, recompute=recompute)
         gradients.append(torch.autograd.grad(out.square().sum(), list(named.values())))
     for a, b in zip(*gradients, strict=True):
         assert relative(b, a) <= FORWARD

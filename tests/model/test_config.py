@@ -47,7 +47,7 @@ def test_level_patterns_match_whole_levels_and_nothing_twice(name: str) -> None:
 def test_levels_go_from_fast_to_slow_in_the_chain() -> None:
     config = small("hope")
     assert list(config.level_patterns()) == ["fast", "mid", "slow"]
-    assert [n for n in build(config).blocks[0].cms] == ["fast", "mid", "slow"]
+    assert list(build(config).blocks[0].cms) == ["fast", "mid", "slow"]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,5 +1,7 @@
 """Properties every family keeps: causality, streaming, documents, gradients everywhere, loss and generation."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,7 +60,7 @@ def test_a_packed_document_equals_the_document_alone(name: str) -> None:
     packed = _logits(model, tokens, starts, None)
     for row in range(tokens.shape[0]):
         begins = [*starts[row].nonzero().flatten().tolist(), NUM_TOKENS]
-        for begin, end in zip(begins, begins[1:], strict=False):
+        for begin, end in pairwise(begins):
             alone = model(tokens[row : row + 1, begin:end])[0][0]
             torch.testing.assert_close(packed[row, begin:end], alone, rtol=1e-11, atol=1e-11)
 
