@@ -96,46 +96,42 @@ def test_a_rank_without_a_sequence_gets_padding(tmp_path: Path) -> None:
 
 
 RESUME = """
-import json, sys, time
-import torch
+import json, sys
 from nltrain.data import DataConfig, TokenStream, open_plan
 from nltrain.data.stream import sequential_ranges
 request = json.loads(sys.stdin.read())
-config = DataConfig(**request["config"] | {"weights": ()})
-started_s = time.perf_counter()
-plan = open_plan(config)
-first = plan.restore(request["state"])
-with TokenStream(config, plan, sequential_ranges(10**9, request["batch"], first)) as stream:
-    batches = [next(stream)]
-    first_s = time.perf_counter() - started_s
-    batches += [next(stream) for _ in range(49)]
-found = [[batch.tokens.tolist(), batch.targets.tolist(), batch.document_starts.tolist()] for batch in batches]
-print(json.dumps({"first_s": first_s, "batches": found}))
+found = []
+for number, state in enumerate(request["states"]):
+    config = DataConfig(**request["config"] | {"weights": (), "cache_dir": f"{request['folder']}/{number}"})
+    plan = open_plan(config)
+    first = plan.restore(state)
+    with TokenStream(config, plan, sequential_ranges(10**9, request["batch"], first)) as stream:
+        batches = [next(stream) for _ in range(50)]
+    found.append([[x.tokens.tolist(), x.targets.tolist(), x.document_starts.tolist()] for x in batches])
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("position", [0, 77, 1911, 3000])
-def test_restored_in_a_new_process_the_next_fifty_batches_are_equal(bucket: str, tmp_path: Path, position: int) -> None:
-    make_dataset(bucket, 2000, bytes_per_shard=1 << 14)
+def test_restored_in_a_new_process_the_next_fifty_batches_are_equal(bucket: str, tmp_path: Path) -> None:
+    make_dataset(bucket, 1000, bytes_per_shard=1 << 14)
     config = config_for(bucket, tmp_path)
     plan = open_plan(config)
     with TokenStream(config, plan, sequential_ranges(10**9, 3)) as stream:
-        batches = [next(stream) for _ in range(position // 3 + 50)]
-    state = plan.state(position // 3 * 3)
-    fresh = replace(config, cache_dir=str(tmp_path / "other"))
-    request = json.dumps({"config": vars(fresh), "state": state, "batch": 3})
-    done = subprocess.run(
-        [sys.executable, "-c", RESUME], input=request, cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    answer = json.loads(done.stdout)
-    for batch, found in zip(batches[position // 3 :], answer["batches"], strict=True):
-        assert [batch.tokens.tolist(), batch.targets.tolist(), batch.document_starts.tolist()] == found
+        batches = [next(stream) for _ in range(450)]
+    steps = [0, 7, 177, 301, 400]  # the fourth crosses the end of an epoch
+    states = [plan.state(3 * step) for step in steps]
+    request = json.dumps({"config": vars(config), "states": states, "batch": 3, "folder": str(tmp_path / "fresh")})
+    command = [sys.executable, "-c", RESUME]
+    done = subprocess.run(command, input=request, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    for step, found in zip(steps, json.loads(done.stdout), strict=True):
+        here = batches[step : step + 50]
+        assert found == [[x.tokens.tolist(), x.targets.tolist(), x.document_starts.tolist()] for x in here]
 
 
 def test_a_seek_costs_the_same_number_of_requests_anywhere(
     s3: EmbeddedS3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_dataset(bucket, 4000)
+    make_dataset(bucket, 1000)
     with FaultProxy(s3.endpoint_url, probability=0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
         config = config_for(bucket, tmp_path)
@@ -143,23 +139,25 @@ def test_a_seek_costs_the_same_number_of_requests_anywhere(
         for share in (0.1, 0.9):
             plan = open_plan(config)
             before = proxy.num_requests
-            ranges = [range(int(share * 4000), int(share * 4000) + 4)]
+            ranges = [range(int(share * 1000), int(share * 1000) + 4)]
             with TokenStream(replace(config, cache_dir=str(tmp_path / str(share))), plan, ranges) as stream:
                 next(stream)
             requests.append(proxy.num_requests - before)
     assert max(requests) <= 2 * 4  # an index and a range for each sample
 
 
-def test_two_percent_and_more_of_faults_lose_double_and_alter_nothing(
+def test_faults_at_five_percent_of_requests_lose_double_and_alter_nothing(
     s3: EmbeddedS3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = make_dataset(bucket, 1200, bytes_per_shard=1)
     truth = contents(dataset)
+    # Flipped bits are ours to find: S3 itself sends no checksum with a range.
+    monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
     kinds = ("error_500", "slow_down", "reset", "stall", "truncate", "flip")
     with FaultProxy(s3.endpoint_url, probability=0.05, kinds=kinds, stall_s=3.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
         epoch, num_flips = 0, 0
-        while proxy.num_faults < 60:
+        while proxy.num_faults < 40:
             cache = str(tmp_path / f"cache{epoch}")
             config = config_for(bucket, tmp_path, cache_dir=cache, seed=epoch, timeout_s=0.4, attempts=10)
             config = replace(config, range_read_batches=10**6 if epoch % 2 else 0)
@@ -212,8 +210,6 @@ def test_a_shard_deleted_under_way_stops_with_its_url_after_the_batches_before_i
         for batch in stream:
             seen += len(batch.sample_indices)
     assert first_missing - 5 < seen <= first_missing
-    with pytest.raises(MissingObjectError):
-        next(stream)
     assert plan.restore(plan.state(seen)) == seen
 
 
