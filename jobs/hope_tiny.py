@@ -16,6 +16,7 @@ from nltrain.levels.config import LevelConfig, LevelsConfig, ScheduleConfig
 from nltrain.model import preset
 from nltrain.runtime.config import ClusterConfig
 from nltrain.runtime.launch import main
+from nltrain.track.config import TrackConfig
 
 QUANTUM = 2048  # tokens: 8 sequences of 256
 TOTAL_TOKENS = 600 * QUANTUM
@@ -52,6 +53,7 @@ config = RunConfig(
         validation_sequences=64,
         sample_tokens=64,
     ),
+    track=TrackConfig(log_every_quanta=5),
     cluster=ClusterConfig(max_workers=2),
 )
 

@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -99,6 +100,8 @@ class Run:
         self._wait_s = 0.0
         self._validation: Validation | None = None
         self._saved_at = -1
+        self._logged_at = 0
+        self._ticked: Counter[str] = Counter()
         self._wish = Wish.GO_ON
         self._quanta_done = 0
         self._metrics: MetricsLog | None = None
@@ -127,6 +130,7 @@ class Run:
             self._restore(loaded)
         else:
             torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
+        self._logged_at = self.tokens
         self._announce(loaded)
         self._stream = TokenStream(self.config.data, self.plan, self._my_samples())
 
@@ -150,12 +154,14 @@ class Run:
         """A metrics row per tick; every `track.log_every_quanta` a row and a line for the steps since the last one."""
         for tick in ticks:
             self._row("tick", level=tick.name, period_tokens=self.levels.clocks[tick.name].period, **_plain(tick))
+            self._ticked[tick.name + ("(skipped)" if tick.skipped else "")] += 1
         every = self.config.track.log_every_quanta
         step = self.tokens // self.config.quantum_tokens
         if step % every and step != self.config.num_quanta:
             return
         loss, seconds, slowest_rank, slowest_over_median = self.meter.take()
-        tokens = (step - 1) % every * self.config.quantum_tokens + self.config.quantum_tokens
+        tokens, self._logged_at = self.tokens - self._logged_at, self.tokens
+        ticked, self._ticked = self._ticked, Counter()
         wait_s = self._take_wait_s()
         memory = memory_bytes(self.device)
         if self.rank != 0:
@@ -176,7 +182,7 @@ class Run:
             level_updates=self._level_updates(),
         )
         eta_s = (self.config.num_quanta - step) * self.config.quantum_tokens / speed
-        names = " ".join(tick.name + ("(skipped)" if tick.skipped else "") for tick in ticks)
+        names = " ".join(name if count == 1 else f"{count}x{name}" for name, count in ticked.items())
         share = wait_s / max(seconds, 1e-9)
         line = progress_line(step, self.config.num_quanta, self.tokens, loss, speed, share, memory, eta_s, names)
         print(line, flush=True)
@@ -411,7 +417,7 @@ class Run:
         if not self._status:
             return
         levels = {
-            name: {"next_tick_tokens": self._next_tick(name), "period_tokens": self.levels.clocks[name].period} | count
+            name: count | {"next_tick_tokens": self._next_tick(name), "period_tokens": self.levels.clocks[name].period}
             for name, count in self._level_updates().items()
         }
         self._status.update(

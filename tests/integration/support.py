@@ -41,6 +41,7 @@ SMALL = (
     "train.validation_sequences=15",
     "train.sample_tokens=8",
     "train.micro_batch_size=3",
+    "track.log_every_quanta=1",
 )
 
 
