@@ -416,7 +416,7 @@ class Run:
         """Bring `status.json` up to date."""
         if not self._status:
             return
-        levels = {
+        levels: dict[str, Any] = {
             name: count | {"next_tick_tokens": self._next_tick(name), "period_tokens": self.levels.clocks[name].period}
             for name, count in self._level_updates().items()
         }
