@@ -38,7 +38,7 @@ class GradientWindow:
         self.world_size = layouts[0].world_size
         self.has_reduced = False  # shards hold part of the window; equal on all ranks
         self.shards = [torch.zeros(layout.shard_numel, dtype=torch.float32, device=device) for layout in layouts]
-        self._admitted = torch.ones((), dtype=torch.bool, device=device)
+        self._left_out = torch.zeros((), dtype=torch.bool, device=device)
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(partial(self._take, group, index))
             for group, parameters in enumerate(groups)
@@ -47,13 +47,13 @@ class GradientWindow:
 
     def begin(self, admitted: Tensor) -> None:
         """Before backward: whether the micro-step counts (bool on the device, equal on all ranks)."""
-        self._admitted = admitted
+        self._left_out = ~admitted
 
     def _take(self, group: int, index: int, parameter: nn.Parameter) -> None:
         gradient, parameter.grad = parameter.grad, None
         if gradient is not None:
             with torch.no_grad():
-                self._accumulate(group, index, torch.where(self._admitted, gradient, 0))
+                self._accumulate(group, index, gradient.masked_fill_(self._left_out, 0))
 
     def _accumulate(self, group: int, index: int, gradient: Tensor) -> None:
         raise NotImplementedError
