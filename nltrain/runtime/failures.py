@@ -24,6 +24,8 @@ _COLLATERAL = re.compile(
     r"|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|Watchdog caught collective|timed out waiting",
     re.IGNORECASE,
 )
+# In Ray's words about a lost worker: the lines that name a cause.
+_TELLING = re.compile(r"because|terminated|unavailable|exited|killed|died", re.IGNORECASE)
 MAX_SILENT = 4
 """Deaths, or transient errors, in a row without progress after which it is a crash loop."""
 
@@ -91,9 +93,11 @@ class Failure:
 
 
 def _last_words(gone: BaseException) -> str:
-    """Of Ray's long account the last sentences, which say what happened to the process or its node."""
+    """Of Ray's long account the sentences that say what happened to the process or its node."""
+    gone = getattr(gone, "health_check_failure", gone)
     lines = [" ".join(line.split()) for line in str(gone).splitlines() if line.strip()]
-    return "; ".join(lines[-2:])[:300] or type(gone).__name__
+    telling = [line for line in lines if _TELLING.search(line)] or lines[-1:]
+    return "; ".join(telling[:2])[:200] or type(gone).__name__
 
 
 class Verdict(NamedTuple):

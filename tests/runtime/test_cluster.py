@@ -60,10 +60,10 @@ def story(drill):
     job.wait(120)
     stopped, first_log = read_status(str(job.output)), job.log
 
-    total = stopped["tokens"] // QUANTUM + 120
+    total = stopped["tokens"] // QUANTUM + 300
     job = drill.submit("story", total, **often)
     resumed = job.wait_for_attempt(180, workers=3)
-    job.wait_for_tokens(resumed["tokens"] + INTERVAL, 60)
+    job.wait_for_tokens(resumed["tokens"] + 4 * QUANTUM, 60)
     job.kill_rank(1, signal.SIGSTOP)
     hung = job.wait_for_attempt(150, attempt=resumed["attempt"] + 1)
     exit_code = job.wait(180)

@@ -98,7 +98,7 @@ def test_the_cause_is_told_from_its_consequences():
 def test_a_lost_peer_is_a_death_not_an_error_of_the_program():
     found = Failure.of_ranks({0: caught(RuntimeError(GLOO), 0), 2: RuntimeError("x\nThe actor died: node died")})
     assert found.kind == "death"
-    assert found.text == "rank 2 was lost: x; The actor died: node died"
+    assert found.text == "rank 2 was lost: The actor died: node died"
     assert Failure.of_ranks({0: caught(RuntimeError(GLOO), 0)}).kind == "death"
 
 

@@ -1,0 +1,195 @@
+"""Where the time went, from rows alone; and what `nltrain status` makes of a run's snapshot."""
+
+import json
+import time
+
+import pytest
+
+from nltrain.cli import main
+from nltrain.runtime.status import StatusError, describe_status, read_status
+from nltrain.track.events import put_event, read_events, reason_of
+from nltrain.track.goodput import goodput, stragglers
+from nltrain.track.status import StatusBoard, read_history
+
+
+class MemoryStore:
+    """The three calls that events and status need."""
+
+    def __init__(self):
+        self.objects = {}
+
+    def get(self, key):
+        return self.objects[key]
+
+    def put(self, key, data):
+        self.objects[key] = bytes(data)
+
+    def list(self, prefix=""):
+        return [type("Item", (), {"key": key}) for key in sorted(self.objects) if key.startswith(prefix)]
+
+
+def row(kind, time_s, attempt=1, tokens=0, **values):
+    return {"kind": kind, "time_s": time_s, "attempt": attempt, "tokens": tokens} | values
+
+
+def steps(first_s, attempt, tokens, count, seconds=1.0, wait_s=0.1):
+    return [
+        row("step", first_s + seconds * (n + 1), attempt, tokens + 10 * (n + 1), seconds=seconds, data_wait_s=wait_s)
+        for n in range(count)
+    ]
+
+
+def attempt(time_s, number, tokens, started_s, lost=0, reason=""):
+    values = {"workers": 3, "tokens_lost": lost, "started_s": started_s, "reason": reason}
+    return row("attempt", time_s, number, tokens, **values)
+
+
+def test_every_second_of_an_undisturbed_run_has_a_name():
+    rows = [attempt(105, 1, 0, 100), *steps(107, 1, 0, 10)]
+    rows += [row("validation", 119, 1, 100, seconds=2.0), row("checkpoint", 119.5, 1, 100, stall_seconds=0.5)]
+    rows += [row("end", 121, 1, 100, reason="finished")]
+    report = goodput(rows)
+    assert report["wall_s"] == 21
+    assert report["startup_s"] == 7
+    assert report["training_s"] == pytest.approx(9.0)
+    assert report["data_wait_s"] == pytest.approx(1.0)
+    assert report["validation_s"] == 2
+    assert report["checkpoint_stall_s"] == 0.5
+    assert report["finishing_s"] == 1.5
+    assert report["accounted"] == 1.0
+
+
+def test_a_failure_costs_the_gap_and_the_work_done_twice():
+    rows = [attempt(100, 1, 0, 100), *steps(100, 1, 0, 10)]
+    rows += [attempt(125, 2, 50, 120, lost=50, reason="rank 1 was lost"), *steps(130, 2, 50, 10)]
+    rows += [row("end", 140, 2, 150, reason="finished")]
+    report = goodput(rows)
+    assert report["repeated_s"] == pytest.approx(5.0)
+    assert report["restart_s"] == pytest.approx(20.0)
+    assert report["training_s"] + report["data_wait_s"] == pytest.approx(15.0)
+    assert report["accounted"] == 1.0
+    [restart] = report["restarts"]
+    assert restart["tokens_wasted"] == 50
+    assert restart["reason"] == "rank 1 was lost"
+
+
+def test_the_night_between_a_stop_and_the_next_submission_is_not_the_runs():
+    rows = [attempt(100, 1, 0, 100), *steps(100, 1, 0, 5), row("end", 106, 1, 50, reason="stopped")]
+    rows += [attempt(50_005, 2, 50, 50_000, reason="submitted again"), *steps(50_006, 2, 50, 5)]
+    rows += [row("end", 50_012, 2, 100, reason="finished")]
+    report = goodput(rows)
+    assert report["wall_s"] == pytest.approx(18.0)
+    assert report["startup_s"] == pytest.approx(6.0)
+    assert report["restart_s"] == 0
+    assert report["accounted"] == 1.0
+
+
+def test_what_nobody_wrote_down_is_not_accounted_for():
+    rows = [attempt(100, 1, 0, 100), *steps(100, 1, 0, 5), *steps(125, 1, 50, 5)]
+    assert goodput(rows)["accounted"] == pytest.approx(10 / 30, abs=0.01)
+
+
+def test_the_rank_that_is_often_slowest_is_named():
+    rows = [row("step", n, slowest_rank=2, slowest_over_median=1.5 if n % 2 else 1.05) for n in range(10)]
+    assert stragglers(rows) == [{"rank": 2, "share_of_rows": 0.5, "median_ratio": 1.5}]
+
+
+def test_a_hang_explains_the_deaths_it_leads_to_and_old_events_do_not():
+    store = MemoryStore()
+    put_event(store, "r", "failure", "controller", reason="old")
+    since_s = time.time() + 0.001
+    time.sleep(0.005)
+    hang = {"phase": "training", "process_state": "T (stopped)", "stacks": "x.txt"}
+    put_event(store, "r", "hang", "rank_0001", rank=1, silent_s=20.0, **hang)
+    put_event(store, "r", "hang", "rank_0002", rank=2, silent_s=19.0, **hang)
+    put_event(store, "r", "failure", "controller", reason="rank 1 was lost")
+    found = read_events(store, "r", since_s)
+    assert len(found) == 3
+    assert reason_of(found) == (
+        "hang: rank 1 made no progress for 20 s while training (process T (stopped)); stacks in x.txt"
+    )
+    assert reason_of([]) == ""
+
+
+def test_the_status_of_a_run_outlives_the_machine_that_wrote_it(tmp_path):
+    store = MemoryStore()
+    board = StatusBoard(tmp_path, store, "r")
+    board.begin(attempt=1, time_s=1.0)
+    board.update(True, tokens=100, state="training")
+    board.close()
+    history = read_history(store, "r", KeyError)
+    assert (history["max_tokens"], history["attempts"]) == (100, [{"attempt": 1, "time_s": 1.0}])
+    other = StatusBoard(tmp_path / ".", store, "r")
+    other.restore(history)
+    other.begin(attempt=2, time_s=2.0)
+    other.update(True, tokens=50, state="training")
+    other.close()
+    history = read_history(store, "r", KeyError)
+    assert history["max_tokens"] == 100
+    assert len(history["attempts"]) == 2
+    assert read_history(store, "another", KeyError) == {}
+
+
+def test_a_store_that_fails_costs_the_view_and_not_the_run(tmp_path, capsys):
+    class Broken(MemoryStore):
+        def put(self, key, data):
+            raise OSError("cut")
+
+    board = StatusBoard(tmp_path, Broken(), "r")
+    board.update(True, tokens=1, state="training")
+    board.close()
+    assert json.loads((tmp_path / "status.json").read_text())["tokens"] == 1
+    assert "status was not published (cut): training goes on" in capsys.readouterr().out
+
+
+def snapshot(tmp_path, **values):
+    level = {"next_tick_tokens": 1536, "period_tokens": 512, "done": 2, "skipped": 0, "due": 2}
+    whole = {"run": "r", "state": "training", "time_s": time.time(), "tokens": 1024, "total_tokens": 4096}
+    whole |= {"loss": 3.5, "tokens_per_s": 100.0, "attempt": 2, "workers": 3, "checkpoint_url": str(tmp_path / "ck")}
+    whole |= {"levels": {"base": level}, "attempts": [
+        {"attempt": 1, "workers": 3, "from_tokens": 0, "tokens_lost": 0, "reason": "", "time_s": 1.0},
+        {"attempt": 2, "workers": 2, "from_tokens": 512, "tokens_lost": 256, "reason": "node gone", "time_s": 2.0},
+    ]}  # fmt: skip
+    (tmp_path / "status.json").write_text(json.dumps(whole | values))
+
+
+def test_status_shows_a_live_run(tmp_path, capsys):
+    snapshot(tmp_path)
+    assert main(["status", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    for part in (
+        "run r: training",
+        "1,024 of 4,096 (25.0 %)",
+        "loss        3.5000",
+        "attempt     2 with 3 workers",
+        "checkpoint  none yet",
+        "restarts    1, 256 tokens trained again",
+        "at 512 tokens, 2 workers, 256 tokens again: node gone",
+        "level base       every 512 tokens, 2 of 2 updates, next at 1,536 (in 512)",
+    ):
+        assert part in text
+
+
+def test_status_says_when_a_run_has_fallen_silent(tmp_path):
+    snapshot(tmp_path, time_s=time.time() - 3600)
+    status = read_status(str(tmp_path))
+    assert not status["alive"]
+    assert "silent for 1:00:00" in describe_status(status)
+
+
+def test_status_of_nothing_says_where_it_looked(tmp_path, capsys):
+    with pytest.raises(StatusError):
+        read_status(str(tmp_path))
+    assert main(["status", str(tmp_path)]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_an_unknown_command_names_those_there_are(capsys):
+    assert main(["stauts"]) == 2
+    assert "status, list, verify, export, plan" in capsys.readouterr().err
+
+
+def test_plan_shows_a_job_without_a_cluster(capsys):
+    assert main(["plan", "jobs/hope_tiny.py", "train.total_tokens=40960"]) == 0
+    assert "train.total_tokens = 40960" in capsys.readouterr().out
+    assert main(["plan", "jobs/none.py"]) == 1
