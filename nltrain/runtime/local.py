@@ -203,6 +203,11 @@ class LocalNode:
             time.sleep(0.2)
         raise ClusterError(f"{self._name} had no raylet after {START_TIMEOUT_S} s; see {self._log}")
 
+    @property
+    def alive(self) -> bool:
+        """Whether its raylet runs."""
+        return psutil.pid_exists(self.raylet_pid) and psutil.Process(self.raylet_pid).status() != psutil.STATUS_ZOMBIE
+
     def kill(self) -> None:
         """SIGKILL the raylet, as when a machine vanishes: Ray's workers there end with it, its agents linger."""
         os.kill(self.raylet_pid, signal.SIGKILL)
