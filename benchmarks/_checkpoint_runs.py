@@ -37,6 +37,7 @@ SMALL = (
     f"levels.schedule.warmup_tokens={4 * QUANTUM}", f"levels.fold_every_tokens={SAVE_EVERY * QUANTUM}",
     f"checkpoint.every_tokens={SAVE_EVERY * QUANTUM}", "train.validate_every_tokens=0",
     "train.validation_sequences=0", "train.sample_tokens=0", "train.micro_batch_size=2", "track.wandb=off",
+    "track.log_every_quanta=1",
 )  # fmt: skip
 # ||w - reference|| / ||reference||, the worst weight tensor: fp32 sums in another order, carried through the quanta.
 RESHARD_BOUND = 1e-4

@@ -136,7 +136,8 @@ def measure_speed(url: str, num_bytes: int) -> dict[str, Any]:
         stall_s.append(time.perf_counter() - began)
         beside.wait()
         save_s.append(time.perf_counter() - began)
-        filled = {name: Fragment(torch.zeros_like(f.tensor), 0, f.total) for name, f in fragments.items()}
+        # Memory that exists already, as a model's does.
+        filled = {name: Fragment(f.tensor.clone().fill_(1.0), 0, f.total) for name, f in fragments.items()}
         began = time.perf_counter()
         beside.load(checkpoint_name(repeat + 2, 1), filled)
         load_s.append(time.perf_counter() - began)

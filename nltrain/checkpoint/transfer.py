@@ -20,8 +20,9 @@ from nltrain.checkpoint.manifest import FileEntry, StoredTensor
 from nltrain.checkpoint.plan import DTYPES
 from nltrain.data.store import Store
 
-# A multiple of every element size, so that no element is cut; large enough to hide a request's latency.
-READ_BYTES = 16 << 20
+# A multiple of every element size, so that no element is cut. As large as a file usually is: a server may read all of
+# an object to answer for a part of it.
+READ_BYTES = 64 << 20
 
 
 def write_files(
@@ -86,7 +87,11 @@ def read_files(
         wanted = targets.get(entry.path, [])
         digest = hashlib.sha256()
         for start, stop in _ranges(entry, wanted, hashed):
-            data = store.get_range(key_of(entry.path), start, stop - start)
+            whole = (start, stop) == (0, entry.num_bytes)
+            key = key_of(entry.path)
+            data = store.get(key) if whole else store.get_range(key, start, stop - start)
+            if len(data) != stop - start:
+                return f"{entry.path} gave {len(data)} bytes instead of {stop - start}"
             if hashed:
                 digest.update(data)
             _scatter(data, start, wanted)
@@ -100,10 +105,12 @@ def read_files(
         raise CorruptCheckpointError("; ".join(wrong))
 
 
-def _ranges(entry: FileEntry, wanted: Sequence[Target], whole: bool) -> list[tuple[int, int]]:
+def _ranges(entry: FileEntry, wanted: Sequence[Target], all_of_it: bool) -> list[tuple[int, int]]:
     """Byte ranges to read, in order, each at most READ_BYTES."""
     spans = (
-        [(0, entry.num_bytes)] if whole else [(target.offset, target.offset + target.num_bytes) for target in wanted]
+        [(0, entry.num_bytes)]
+        if all_of_it
+        else [(target.offset, target.offset + target.num_bytes) for target in wanted]
     )
     merged: list[tuple[int, int]] = []
     for start, stop in spans:
