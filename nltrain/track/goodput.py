@@ -10,29 +10,30 @@ from typing import Any
 
 from nltrain.track.metrics import Row, effective
 
+_TIMED = ("step", "validation", "end", "attempt")
 _STALLS = ("checkpoint", "checkpoint_failed")
 
 
 def goodput(rows: list[Row]) -> dict[str, Any]:
     """All times in seconds. `rows`: those of all attempts in the order of writing, with at least one step."""
     attempts = [row for row in rows if row["kind"] == "attempt"]
-    timed = [row for row in rows if row["kind"] in ("step", "validation", "end", "attempt")]
+    timed = [row for row in rows if row["kind"] in _TIMED]
     counted = {id(row) for row in effective(rows)}
     parts = dict.fromkeys(
         ("training", "data_wait", "repeated", "validation", "checkpoint_stall", "startup", "restart", "finishing"), 0.0
     )
     parts["checkpoint_stall"] = sum(row["stall_seconds"] for row in rows if row["kind"] in _STALLS)
     idle_s = 0.0
-    begun_s = attempts[0].get("started_s", attempts[0]["time_s"])
+    begun_s: float = attempts[0].get("started_s") or attempts[0]["time_s"]
     stalled_s = 0.0  # stalls since `busy_until_s`: they are no part of a gap
     busy_until_s = begun_s
     stopped = False
     gap = "startup"
-    for row in sorted((row for row in rows if row in timed or row["kind"] in _STALLS), key=lambda row: row["time_s"]):
+    for row in sorted((row for row in rows if row["kind"] in _TIMED + _STALLS), key=lambda row: row["time_s"]):
         match row["kind"]:
             case "attempt":
                 if stopped:  # the user took it away and brought it back
-                    started_s = row.get("started_s", row["time_s"])
+                    started_s: float = row.get("started_s") or row["time_s"]
                     idle_s += max(0.0, started_s - busy_until_s)
                     busy_until_s, gap = max(busy_until_s, started_s), "startup"
                 elif row is not attempts[0]:
