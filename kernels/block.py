@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.layout import RowMask
-from kernels.ops import activate, activation_pair, l2norm, triangular_inverse_times
+from kernels.ops import activate, activation_pair, l2norm, products, triangular_inverse_times
 from kernels.rule import GATES, MemoryRule
 from kernels.state import Initial, Weights
 
@@ -68,8 +68,8 @@ def block_decay(rule: MemoryRule, logits: Tensor, beta_logit: Tensor | None, val
     log_b = log_beta.cumsum(-1)
     carried = (log_b.unsqueeze(-1) - log_b.unsqueeze(-2)).masked_fill(later, NEVER).exp()
     added = ratio * adds.unsqueeze(-2)
-    steps = added @ carried * eta.unsqueeze(-2)
-    sigma = (added @ log_b.exp().unsqueeze(-1)).squeeze(-1)
+    steps = torch.bmm(added, carried) * eta.unsqueeze(-2)
+    sigma = torch.bmm(added, log_b.exp().unsqueeze(-1)).squeeze(-1)
     return Decay(*common, steps, sigma, carried[:, -1] * eta, log_b[:, -1].exp())
 
 
@@ -113,7 +113,9 @@ def write(
     if erase is not None:
         sigma_before = F.pad(decay.sigma[:, :-1], (1, 0))
         steps_before = F.pad(decay.steps[:, :-1], (0, 0, 1, 0))
-        own = _wide(sigma_before, gradients, 1) * (keys @ velocity.mT) + (_wide(steps_before, gram, 0) * gram) @ b
+        own = _wide(sigma_before, gradients, 1) * (products(keys, velocity.mT)) + products(
+            _wide(steps_before, gram, 0) * gram, b
+        )
         a = triangular_inverse_times(lower, minus_eta * (seen + rule.lambda_d * own))
         added = added + last * a
     return Written(a, b, _add_product(kept, added, keys), new_velocity)
@@ -178,7 +180,7 @@ class BlockStep:
         """M(x) of a d -> d memory from W2 x."""
         if w1 is not None:
             hidden = activate(self.rule.activation, hidden)
-            return torch.baddbmm(x, hidden, w1.mT) if self.rule.residual else hidden @ w1.mT
+            return torch.baddbmm(x, hidden, w1.mT) if self.rule.residual else torch.bmm(hidden, w1.mT)
         return x + hidden if self.rule.residual else hidden
 
     def read_only(self, start: Weights, q: Tensor) -> Tensor:
@@ -186,12 +188,17 @@ class BlockStep:
         snap = self.whole(start)
         parts = dict(zip(self.rule.full_names, zip(self.split(snap.w2, 1), self._w1(snap), strict=False), strict=False))
         if "q" in parts:
-            q = self.output(q @ parts["q"][0].mT, parts["q"][1], q)
+            q = self.output(torch.bmm(q, parts["q"][0].mT), parts["q"][1], q)
         q = l2norm(q)
-        return self.output(q @ parts["mem"][0].mT, parts["mem"][1], q)
+        return self.output(torch.bmm(q, parts["mem"][0].mT), parts["mem"][1], q)
 
     def _w1(self, snap: Weights) -> Any:
         return snap.w1.unbind(1) if self.mlp else [None] * self.num_full
+
+    def _gate_error(self, g1: Any, z: Tensor, rows: Tensor) -> Any:
+        if not self.num_gates:
+            return None
+        return torch.bmm(z, self.adaptive_slow.mT) + self._gate_output(g1, rows)
 
     def _gate_output(self, g1: Any, rows: Tensor) -> Tensor:
         """Adaptive part of the gates [N, c, G] from their hidden rows (act applied)."""
@@ -204,13 +211,13 @@ class BlockStep:
         logits = torch.baddbmm(self.bias, x, self.slow.mT)
         if w2 is None:
             return logits
-        y = x @ w2.mT
+        y = torch.bmm(x, w2.mT)
         out = self._gate_output(g1, activate(self.rule.activation, y) if self.mlp else y)
         if self.num_gates == len(GATES):
             return logits + out
         return logits + F.pad(out, (1, 0) if self.gate_columns == [1] else (0, 1))
 
-    def errors(self, snap: Weights, k: Tensor, v: Tensor, at_k: Tensor, at_v: Tensor) -> tuple[Tensor, Any]:
+    def errors(self, snap: Weights, k: Tensor, v: Tensor, at_k: Tensor, at_v: Any) -> tuple[Tensor, Any]:
         """Gradient of the inner objective by the outputs: [N, F, c, d] and, if any gate is adaptive, [N, c, G].
 
         at_k, at_v: what the output side reads, [N, c, R] (hidden activations, or matrix outputs), at k and at v.
@@ -219,7 +226,7 @@ class BlockStep:
 
         def full(x: Tensor) -> Tensor:
             x = x.unflatten(-1, (self.num_full, self.width)).transpose(1, 2)
-            return x @ snap.w1.mT if self.mlp else x
+            return products(x, snap.w1.mT) if self.mlp else x
 
         sizes, residual = [self.full_rows, self.gate_rows], 1.0 if rule.residual else 0.0
         if rule.target == "self" and rule.objective == "l2" and not rule.normalize_target:
@@ -228,7 +235,10 @@ class BlockStep:
             error = full(difference)
             error = error + z.unsqueeze(1) if rule.residual else error
         else:
-            (full_k, gate_k), (full_v, gate_v) = at_k.split(sizes, -1), at_v.split(sizes, -1)
+            (full_k, gate_k), (full_v, gate_v) = (
+                at_k.split(sizes, -1),
+                (at_k if at_v is None else at_v).split(sizes, -1),
+            )
             target = v.unsqueeze(1).expand(-1, self.num_full, -1, -1)
             if rule.target == "self":
                 target = full(full_v) + residual * v.unsqueeze(1)
@@ -240,11 +250,11 @@ class BlockStep:
             z, rows = (k - v, gate_k - gate_v) if rule.objective == "l2" else (-v, -gate_v)
             if rule.target == "value":
                 z, rows = -k, -gate_k
-        return error, z @ self.adaptive_slow.mT + self._gate_output(snap.g1, rows) if self.num_gates else None
+        return error, self._gate_error(snap.g1, z, rows)
 
     def gradients(self, snap: Weights, error: Tensor, gate_error: Any, slope: Any) -> Tensor:
         """Gradient of the inner objective by W2 k, [N, c, R]."""
-        parts = [(error @ snap.w1 if self.mlp else error).transpose(1, 2).flatten(2)]
+        parts = [(products(error, snap.w1) if self.mlp else error).transpose(1, 2).flatten(2)]
         if gate_error is not None:
             parts.append((gate_error.unsqueeze(-1) * snap.g1.unsqueeze(1)).flatten(2) if self.mlp else gate_error)
         gradient = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
@@ -261,21 +271,24 @@ class BlockStep:
 
         # Eq. 83 with the snapshot's weights.
         def made(name: str) -> Tensor:
-            return self.output(x[name] @ w2[name].mT, w1[name], x[name]) if name in w2 else x[name]
+            return self.output(torch.bmm(x[name], w2[name].mT), w1[name], x[name]) if name in w2 else x[name]
 
         k, v, q = l2norm(made("k")), made("v"), l2norm(made("q"))
         v = l2norm(v) if rule.normalize_v else v
         decay = block_decay(rule, self.gates(w2.get("gates"), snap.g1, x["gate"]), x.get("beta_logit"), valid)
 
         # Eq. 84-88: gradients at the snapshot, then all writes of the block at once.
-        pre_k, pre_v = k @ snap.w2.mT, v @ snap.w2.mT
-        at_k, slope, at_v = pre_k, None, pre_v
+        at_k = pre_k = torch.bmm(k, snap.w2.mT)
+        at_v = torch.bmm(v, snap.w2.mT) if rule.target == "self" else None
+        slope = None
         if self.mlp:
-            (at_k, slope), at_v = activation_pair(rule.activation, pre_k), activate(rule.activation, pre_v)
+            at_k, slope = activation_pair(rule.activation, pre_k)
+            at_v = None if at_v is None else activate(rule.activation, at_v)
         error, gate_error = self.errors(snap, k, v, at_k, at_v)
         erase = None
         if rule.lambda_d:
-            erase = k @ k.mT, pre_k if run is start and rule.decay == "literal" else k @ run.w2.mT
+            same = run is start and rule.decay == "literal"
+            erase = torch.bmm(k, k.mT), pre_k if same else torch.bmm(k, run.w2.mT)
         gradient = self.gradients(snap, error, gate_error, slope)
         wrote = write(rule, decay, k, gradient, run.w2, speed.w2, erase)
         new, new_speed = Weights(wrote.run), Weights(wrote.velocity)
@@ -293,18 +306,18 @@ class BlockStep:
                     new_speed = new_speed._replace(g1=wrote_gate.velocity.squeeze(2))
         new_velocity = None if velocity is None else new_speed
         if rule.read == "frozen":
-            return self.output(q @ w2["mem"].mT, w1["mem"], q), new, new_velocity
+            return self.output(torch.bmm(q, w2["mem"].mT), w1["mem"], q), new, new_velocity
 
         # The live read: W_t q_t is what the block began with plus a masked product with its own writes.
         def mem(stacked: Any, dim: int) -> Any:
             return None if stacked is None else self.split(stacked, dim)[self.num_full - 1]
 
         part = Written(mem(wrote.a, -1), mem(wrote.b, -1), mem(run.w2, 1), mem(speed.w2, 1))
-        out = self._read(decay, q, q @ k.mT, part, mem(self.base.w2, 1))
+        out = self._read(decay, q, torch.bmm(q, k.mT), part, mem(self.base.w2, 1))
         if self.mlp:
             part = Written(*(None if t is None else t.unbind(1)[-1] for t in (wrote1.a, wrote1.b, run.w1, speed.w1)))  # type: ignore[arg-type]
             s = activate(rule.activation, out)
-            out = self._read(decay, s, s @ keys1.unbind(1)[-1].mT, part, self.base.w1[:, -1])
+            out = self._read(decay, s, torch.bmm(s, keys1.unbind(1)[-1].mT), part, self.base.w1[:, -1])
         return q + out if rule.residual else out, new, new_velocity
 
     def _write_output_side(
@@ -316,15 +329,15 @@ class BlockStep:
         unit = l2norm(s)
         # error s^T = (error |s|) unit^T with the |s| that l2norm divided by.
         length = (s * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True).clamp_min(1e-30)
-        erase = (unit @ unit.mT, unit @ run.mT)
+        erase = (products(unit, unit.mT), products(unit, run.mT))
         return write(self.rule, decay, unit, error * length, run, velocity, erase), unit
 
     def _read(self, decay: Decay, q: Tensor, gram: Tensor, before: Written, base: Tensor) -> Tensor:
         """W_t q_t for every token t, W_t the matrix after its own write; `before` holds W_0 and S_0."""
-        out = decay.gamma.unsqueeze(-1) * (q @ before.run.mT)
+        out = decay.gamma.unsqueeze(-1) * (torch.bmm(q, before.run.mT))
         if self.rule.decay == "deviation":
             out = torch.baddbmm(out, q, base.mT)
         if before.velocity is not None:
-            out = out + decay.sigma.unsqueeze(-1) * (q @ before.velocity.mT)
+            out = out + decay.sigma.unsqueeze(-1) * (torch.bmm(q, before.velocity.mT))
         out = torch.baddbmm(out, decay.ratio * gram, before.a)
         return out if before.b is None else torch.baddbmm(out, decay.steps * gram, before.b)

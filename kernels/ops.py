@@ -69,6 +69,13 @@ class _GeluPair(torch.autograd.Function):
         return d_value * torch.addcmul(cdf, a, pdf) + d_slope * pdf * (2 - a * a)
 
 
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Batched a b over equal leading dims; fewer dispatched views than `a @ b`."""
+    if a.dim() == 3:
+        return torch.bmm(a, b)
+    return torch.bmm(a.flatten(0, -3), b.flatten(0, -3)).unflatten(0, a.shape[:-2])
+
+
 def activation_pair(name: str, a: Tensor) -> tuple[Tensor, Tensor]:
     """(act(a), act'(a)); the backward uses act''."""
     return (_SiluPair if name == "silu" else _GeluPair).apply(a)  # type: ignore[no-any-return]
@@ -88,7 +95,7 @@ def unit_lower_inverse(lower: Tensor) -> Tensor:
     half = c // 2
     both = torch.stack([lower[..., :half, :half], lower[..., half:, half:]])
     first, second = unit_lower_inverse(both)
-    corner = -(second @ lower[..., half:, :half]) @ first
+    corner = -products(products(second, lower[..., half:, :half]), first)
     out = torch.zeros_like(lower)
     out[..., :half, :half], out[..., half:, half:], out[..., half:, :half] = first, second, corner
     return out
@@ -98,15 +105,15 @@ class _TriangularInverseTimes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, lower: Tensor, right: Tensor) -> Tensor:
         inverse = unit_lower_inverse(lower)
-        x = inverse @ right
+        x = products(inverse, right)
         ctx.save_for_backward(inverse, x)
         return x
 
     @staticmethod
     def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         inverse, x = ctx.saved_tensors
-        d_right = inverse.mT @ d_x
-        return -(d_right @ x.mT), d_right
+        d_right = products(inverse.mT, d_x)
+        return -products(d_right, x.mT), d_right
 
 
 def triangular_inverse_times(lower: Tensor, right: Tensor) -> Tensor:
