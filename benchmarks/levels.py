@@ -3,8 +3,8 @@
     python -m benchmarks.levels [--json] [--quick]
 
 Real gloo processes on this machine, 1 to 4 of them; the cases are those of tests/levels. --json prints one JSON object
-as the last line; the exit code is 1 when a bound of BOUNDS is missed. `tick_overhead` is the median over interleaved pairs
-of (a step of four levels on one period) / (a step of one plain DeepSpeed engine over the same model) - 1.
+as the last line; the exit code is 1 when a bound of BOUNDS is missed. `tick_overhead` is the median over interleaved
+pairs of (a step of four levels on one period) / (a step of one plain DeepSpeed engine over the same model) - 1.
 """
 
 import argparse

@@ -193,6 +193,13 @@ class LevelScheduler:
                     "earlier"
                 )
 
+    def discard_window(self, name: str) -> None:
+        """Forgets what level `name` has accumulated since its last tick; its clock goes on. For ablations."""
+        window = self.engines[name].window
+        if window is not None:
+            window.clear()
+        self._levels[name].targets.zero_()
+
     def fold(self) -> None:
         """Reduces local sums into shards now. Changes the order of summation: only on the fold clock."""
         for engine in self.engines.values():
