@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from nltrain.checkpoint.checkpointer import Checkpointer
 from nltrain.checkpoint.load import Loaded
+from nltrain.checkpoint.manifest import checkpoint_name
 from nltrain.checkpoint.ranks import Ranks
 from nltrain.checkpoint.rng import capture_rng, restore_rng
 from nltrain.config import ConfigError, RunConfig, to_dict
@@ -100,6 +101,7 @@ class Run:
         self._wait_s = 0.0
         self._validation: Validation | None = None
         self._saved_at = -1
+        self._checkpoint = ""
         self._logged_at = 0
         self._ticked: Counter[str] = Counter()
         self._wish = Wish.GO_ON
@@ -233,7 +235,7 @@ class Run:
         own = {"rng": capture_rng(), "levels": self.levels.rank_state()}
         weights = {name: (f"{name}.master", shape) for name, shape in self._shapes.items()}
         self.checkpoints.save(self.tokens, self.levels.fragments(), state, own, weights)
-        self._saved_at = self.tokens
+        self._saved_at, self._checkpoint = self.tokens, checkpoint_name(self.tokens, self.attempt)
         self._log_saves()
         self.meter.restart_clock()
 
@@ -254,7 +256,7 @@ class Run:
         self._show(left, force=True)
         if self.rank == 0:
             print(f"{left}: checkpoint at {self.tokens:,} tokens is committed", flush=True)
-        return {"left": left, "tokens": self.tokens}
+        return {"left": left, "tokens": self.tokens, "checkpoint": self._checkpoint}
 
     def finish(self) -> dict[str, Any]:
         """The last checkpoint, the sample and the summary. Returns the summary on rank 0, the counts elsewhere."""
@@ -271,7 +273,7 @@ class Run:
                 print(f"sample:\n{text}", flush=True)
         self._row("end", reason="finished", level_updates=self._level_updates(), weights_sha256=digest)
         if self.rank != 0:
-            return {"level_updates": self._level_updates()}
+            return {"level_updates": self._level_updates(), "checkpoint": self._checkpoint}
         summary = write_report(self.folder)
         self._show("finished", force=True, summary=summary)
         print(
@@ -279,7 +281,7 @@ class Run:
             f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}; {self.folder / 'summary.json'}",
             flush=True,
         )
-        return summary
+        return summary | {"checkpoint": self._checkpoint}
 
     # ---- helpers -----------------------------------------------------------------------------------------------------
 
@@ -331,7 +333,7 @@ class Run:
             restore_rng(loaded.rank_state["rng"])
         else:
             torch.manual_seed((self.config.train.seed * 1_000_003 + self.rank) ^ loaded.tokens)
-        self._saved_at = loaded.tokens
+        self._saved_at, self._checkpoint = loaded.tokens, loaded.name
 
     def _announce(self, loaded: Loaded | None) -> None:
         """Note this attempt: who takes part, where it starts, and what an earlier one had done beyond that point."""

@@ -6,16 +6,20 @@ that live and are not being drained. The rest is Ray's: placement, restarts, hea
 """
 
 import contextlib
+import json
 import math
 import os
 import signal
 import socket
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import ray
+import ray.train
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
@@ -52,6 +56,16 @@ def node_is_leaving() -> bool:
     The public ray.train.get_preemption_info is a barrier over all workers; ours have an agreement of their own.
     """
     return get_train_context().preemption_context.preemption_info is not None
+
+
+def register_with_ray(url: str, metrics: dict[str, Any]) -> None:
+    """Name a committed checkpoint of ours as the run's result. Every rank calls it.
+
+    Ray takes only what lies below its own folder, so it gets a pointer: one small file, and no second upload.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "checkpoint.json").write_text(json.dumps({"url": url}))
+        ray.train.report(metrics, ray.train.Checkpoint(folder) if own_rank() == 0 else None)
 
 
 class SaveOnSigterm(WorkerCallback):

@@ -30,6 +30,7 @@ SEQ_LEN = 64
 QUANTUM = 768  # tokens: 12 sequences, which 1, 2, 3 and 4 ranks share evenly
 CHECKPOINT_TOKENS = 8 * QUANTUM
 VOCAB_SIZE = 512
+OBJECT_STORE_BYTES = 100 << 20
 
 SMALL = {
     "model.width": 32,
@@ -80,14 +81,13 @@ class Drill:
             tempfile.tempdir = None  # read TMPDIR again
             s3 = self._stack.enter_context(EmbeddedS3(BUCKET))
             self.proxy = self._stack.enter_context(FaultProxy(s3.endpoint_url, probability=0.0, kinds=("reset",)))
-            self.s3_environment: dict[str, Any] = s3.environment() | {"AWS_ENDPOINT_URL": self.proxy.endpoint_url}
+            self.s3_environment = s3.environment() | {"AWS_ENDPOINT_URL": self.proxy.endpoint_url}
             before = {name: os.environ.get(name) for name in self.s3_environment}
             self._stack.callback(_restore, before)
             os.environ.update(self.s3_environment)
             _prepare(f"s3://{BUCKET}/corpus")
-            self.cluster = self._stack.enter_context(
-                LocalCluster(self.folder, self.owner, num_cpus=1, OMP_NUM_THREADS="1", **self.s3_environment)
-            )
+            cluster = LocalCluster(self.folder, self.owner, 1, OBJECT_STORE_BYTES, **self.s3_environment)
+            self.cluster = self._stack.enter_context(cluster)
             for _ in range(self.num_nodes - 1):
                 self.cluster.add_node(1)
         except BaseException:

@@ -23,6 +23,7 @@ from types import FrameType
 from typing import Any
 
 from nltrain.config import RunConfig, from_dict
+from nltrain.data import join_url
 from nltrain.runtime.failures import NodeLeaving, RankError
 from nltrain.runtime.watchdog import HEART, HEART_BYTES, Watch
 from nltrain.track.supervision import SLOW_PHASES, Wish
@@ -108,9 +109,9 @@ class RankSupervision:
 
 
 def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
-    """One rank of the run. Returns {"left": why, "tokens": T}; left is "finished", or "stopped" by the user."""
+    """One rank of the run. Returns {"left", "tokens", "checkpoint"}; left is "finished", or "stopped" by the user."""
     from nltrain.loop import train
-    from nltrain.runtime.controller import node_is_leaving, own_rank
+    from nltrain.runtime.controller import node_is_leaving, own_rank, register_with_ray
     from nltrain.runtime.jit import clear_stale_locks
 
     config = from_dict(RunConfig, values)
@@ -121,6 +122,10 @@ def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
     try:
         clear_stale_locks()
         result = train(config, supervision)
+        left, tokens = result.get("left", "finished"), result.get("tokens", supervision.tokens)
+        url = join_url(config.checkpoint.url, config.name, "checkpoints", result["checkpoint"])
+        if left in ("finished", "stopped"):
+            register_with_ray(url, {"tokens": tokens})
     except Exception as error:
         # Ray shows the traceback of one rank only, and late; the job's log gets each one now.
         traceback.print_exc()
@@ -128,14 +133,13 @@ def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
     finally:
         _Told.training.clear()
         supervision.close()
-    left = result.get("left", "finished")
     if left == "preempted":
-        raise NodeLeaving(f"rank {rank} left at {result['tokens']:,} tokens")
+        raise NodeLeaving(f"rank {rank} left at {tokens:,} tokens")
     if left == "resized":
         _Told.left.set()
         time.sleep(config.cluster.leave_timeout_s)  # the controller ends this process
         raise RankError(rank, "ResizeError", "the group was not resized after it had saved", "worker.py", 0, "")
-    return {"left": left, "tokens": result.get("tokens", supervision.tokens)}
+    return {"left": left, "tokens": tokens, "checkpoint": url}
 
 
 def _allow_stacks_to_be_read(pid: int) -> None:
