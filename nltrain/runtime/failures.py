@@ -89,7 +89,9 @@ class Failure:
         for rank, gone in silent.items():
             return cls("death", f"rank {rank} was lost: {_last_words(gone)}", type(gone).__name__)
         rank, error = next(iter(errors.items()))
-        return cls("death", f"rank {rank} lost contact to another rank: {error}", error.type_name, "", error.tokens)
+        return cls(
+            "death", f"rank {rank} lost contact to another rank: {str(error)[:160]}", error.type_name, "", error.tokens
+        )
 
 
 def _last_words(gone: BaseException) -> str:

