@@ -79,6 +79,8 @@ def self_modify(
         lengths = [block.end - block.begin for block in layout.blocks]
         pieces = {name: value.split(lengths, 1) for name, value in x.items()}
 
+        num_blocks = len(layout.blocks)
+
         def run_group(start: Weights, run: Weights, velocity: Any, first: int, last: int) -> tuple:
             outputs = []
             for i in range(first, last):
@@ -89,14 +91,16 @@ def self_modify(
                 if block.resets is not False and run is not begin:
                     run, start = step.masked(block.resets, begin, run), step.masked(block.resets, begin, start)
                     velocity = velocity and step.masked(block.resets, velocity.map(torch.zeros_like), velocity)
-                start = step.snapshot(start, run, block.begins_mem, block.begins_other)
                 own_valid = None if valid is None else valid[:, block.begin : block.end]
                 own = {name: parts[i] for name, parts in pieces.items()}
                 out, run, velocity = step(start, run, velocity, own, own_valid)
                 outputs.append(out)
+                # Snapshot now what the next block needs, so that a group boundary carries one set of weights.
+                after = layout.blocks[i + 1] if i + 1 < num_blocks else None
+                begins = (after.begins_mem, after.begins_other) if after else (layout.ends_mem, layout.ends_other)
+                start = step.snapshot(start, run, *begins)
             return torch.cat(outputs, 1), start, run, velocity
 
-        num_blocks = len(layout.blocks)
         group = isqrt(num_blocks - 1) + 1 if recompute and torch.is_grad_enabled() else num_blocks
         outputs = []
         for first in range(0, num_blocks, group):
@@ -107,7 +111,6 @@ def self_modify(
                 out, start, run, velocity = run_group(*arguments)
             outputs.append(out)
         o = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
-        start = step.snapshot(start, run, layout.ends_mem, layout.ends_other)
 
     o = o.unflatten(0, (num_sequences, num_heads)).transpose(1, 2)
     if layout.slot is not None:
