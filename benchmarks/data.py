@@ -53,7 +53,7 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
 }
 
 
-def build(url: str, num_sequences: int, seq_len: int, **options: int) -> TokenDataset:
+def build(url: str, num_sequences: int, seq_len: int, **options: Any) -> TokenDataset:
     """A dataset of random tokens in documents of 800 tokens on average."""
     tokenizer = train_tokenizer(["a few words, not many"], 300)
     vocab_size = tokenizer.get_vocab_size()
@@ -109,15 +109,19 @@ def measure_throughput(config: DataConfig) -> dict[str, Any]:
 
 
 def measure_first_batch(config: DataConfig, share: float) -> dict[str, Any]:
-    """From restoring a state to the first tensor."""
-    plan = open_plan(config)
-    state = json.loads(json.dumps(plan.state(int(share * plan.datasets[0].num_sequences))))
+    """From restore() to the first tensor; opening the dataset is told apart."""
+    import boto3  # noqa: F401 (imports are not part of the figure)
+
     started_s = time.perf_counter()
     plan = open_plan(config)
+    open_s = time.perf_counter() - started_s
+    num_sequences = plan.datasets[0].num_sequences
+    state = json.loads(json.dumps(plan.state(int(share * num_sequences))))
+    started_s = time.perf_counter()
     first = plan.restore(state)
-    with TokenStream(config, plan, sequential_ranges(plan.datasets[0].num_sequences, BATCH_SIZE, first)) as stream:
+    with TokenStream(config, plan, sequential_ranges(num_sequences, BATCH_SIZE, first)) as stream:
         next(stream)
-        return {"first_batch_s": time.perf_counter() - started_s}
+        return {"open_s": open_s, "first_batch_s": time.perf_counter() - started_s}
 
 
 def measure_faults(endpoint_url: str, bucket: str, num_faults: int) -> dict[str, Any]:
@@ -231,6 +235,7 @@ def run(quick: bool) -> dict[str, Any]:
             "cached_tokens_per_s": round(cached["tokens_per_s"]),
             "first_batch_s_at_10pct": round(first[0.1]["first_batch_s"], 4),
             "first_batch_s_at_90pct": round(first[0.9]["first_batch_s"], 4),
+            "open_s": round(max(first[0.1]["open_s"], first[0.9]["open_s"]), 4),
             "peak_buffer_bytes": cold["peak_buffer_bytes"],
             "configured_buffer_bytes": cold["configured_buffer_bytes"],
             "process_growth_bytes": cold["process_growth_bytes"],

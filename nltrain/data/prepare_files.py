@@ -23,8 +23,14 @@ from nltrain.data.prepare import (
     write_manifest,
 )
 from nltrain.data.sources import Dropped, InputFile, cut_groups, list_inputs, read_documents
-from nltrain.data.store import MissingObjectError, Store, open_store
-from nltrain.data.tokenizer import Tokenizer, tokenizer_from_bytes, tokenizer_to_bytes, train_tokenizer
+from nltrain.data.store import MissingObjectError, Store, join_url, open_store
+from nltrain.data.tokenizer import (
+    Tokenizer,
+    tokenizer_from_bytes,
+    tokenizer_sha256,
+    tokenizer_to_bytes,
+    train_tokenizer,
+)
 
 RECEIPTS = "groups"
 TRAINING_FILES = 64
@@ -37,7 +43,8 @@ class GroupTask:
     group: int
     files: tuple[InputFile, ...]
     output: str
-    tokenizer_json: bytes
+    tokenizer_key: str
+    """Where in the output the tokenizer lies."""
     config: PrepareConfig
     work: str
 
@@ -61,7 +68,7 @@ def run_group(task: GroupTask) -> GroupResult:
     found = _receipt(store, task)
     if found is not None:
         return found
-    tokenizer = tokenizer_from_bytes(task.tokenizer_json, f"tokenizer of {task.output}")
+    tokenizer = tokenizer_from_bytes(store.get(task.tokenizer_key), join_url(store.url, task.tokenizer_key))
     dropped = Dropped(task.config.max_bad_fraction)
     documents = read_documents(task.files, task.config.text_field, dropped)
     result = prepare_group(task.group, documents, store, tokenizer, task.config, dropped)
@@ -95,9 +102,11 @@ def prepare_files(
     if finished is not None:
         progress(f"{store.url}: finished already")
         return finished
-    tokenizer_json = tokenizer_to_bytes(loaded)
+    # Workers fetch it themselves: it may be megabytes, and there may be thousands of tasks.
+    tokenizer_key = f"{RECEIPTS}/tokenizer-{tokenizer_sha256(loaded)[:16]}.json"
+    store.put(tokenizer_key, tokenizer_to_bytes(loaded))
     tasks = [
-        GroupTask(number, tuple(group), output, tokenizer_json, config, work_key(config, loaded, _state(group)))
+        GroupTask(number, tuple(group), output, tokenizer_key, config, work_key(config, loaded, _state(group)))
         for number, group in enumerate(groups)
     ]
     results: dict[int, GroupResult] = {}

@@ -21,6 +21,9 @@ from urllib.parse import unquote, urlsplit
 
 T = TypeVar("T")
 
+_sessions: dict[tuple, Any] = {}
+_sessions_lock = threading.Lock()
+
 DEFAULT_ATTEMPTS = 7
 DEFAULT_TIMEOUT_S = 20.0
 DEFAULT_BACKOFF_S = 0.2
@@ -372,16 +375,26 @@ def _body(answer: Any, length: int) -> bytes:
     return data
 
 
-def _new_client(url: str, timeout_s: float) -> Any:
+def _session() -> Any:
+    """The session of this environment. It holds the parsed S3 API, which costs a tenth of a second to make."""
     import boto3
     import botocore.session
+
+    names = sorted(name for name in os.environ if name.startswith("AWS_") or name == "HOME")
+    environment = tuple((name, os.environ[name]) for name in names)
+    if environment not in _sessions:
+        core = botocore.session.Session()
+        # Outside EC2 the metadata address swallows packets: one short try, not minutes.
+        core.set_config_variable("metadata_service_timeout", 1)
+        core.set_config_variable("metadata_service_num_attempts", 1)
+        _sessions[environment] = boto3.session.Session(botocore_session=core)
+    return _sessions[environment]
+
+
+def _new_client(url: str, timeout_s: float) -> Any:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    core = botocore.session.Session()
-    # Outside EC2 the metadata address swallows packets: one short try, not minutes.
-    core.set_config_variable("metadata_service_timeout", 1)
-    core.set_config_variable("metadata_service_num_attempts", 1)
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=timeout_s,
@@ -389,9 +402,10 @@ def _new_client(url: str, timeout_s: float) -> Any:
         retries={"total_max_attempts": 1, "mode": "standard"},  # retried here, bodies included
     )
     try:
-        session = boto3.session.Session(botocore_session=core)
-        region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
-        return session.client("s3", region_name=region, config=config)
+        with _sessions_lock:  # sessions are not thread-safe
+            session = _session()
+            region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
+            return session.client("s3", region_name=region, config=config)
     except (BotoCoreError, ValueError) as error:
         raise StoreError(
             f"{url}: S3 client: {_one_line(error)}: check the AWS_* variables and ~/.aws/config"

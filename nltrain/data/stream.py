@@ -107,10 +107,9 @@ class TokenStream:
 
     def _planned(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """(sample indices [n], addresses [n, 3]) of each entry."""
+        limit = 1  # the first entry is planned alone: the first batch should not wait for the others
         while True:
             chunk: list[np.ndarray] = []
-            # The first entry is planned alone: the first batch should not wait for anything.
-            limit = 1 if self.num_batches == 0 and not self._ready else PLANNED_SAMPLES
             while sum(len(entry) for entry in chunk) < limit and len(chunk) < limit:
                 entry = next(self._entries, None)
                 if entry is None:
@@ -118,6 +117,7 @@ class TokenStream:
                 chunk.append(np.asarray(entry, np.int64))
             if not chunk:
                 return
+            limit = PLANNED_SAMPLES
             joined = np.concatenate(chunk)
             addresses = np.empty((0, 3), np.int64)
             if len(joined):
