@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from nltrain.levels.config import LevelsError, ScheduleConfig
 from nltrain.levels.scheduler import LevelScheduler
@@ -117,6 +118,35 @@ def evaluated(stage: int, ranks: Ranks) -> dict:
     return {"equal": all(torch.equal(found[0][name], found[1][name]) for name in found[0])}
 
 
+class Checkpointed(Toy):
+    """Recomputes its memory levels in backward; one of them runs again outside the checkpoint."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for level in self.cms.values():
+            x = level(x) if self.reentrant is None else checkpoint(level, x, use_reentrant=self.reentrant)
+        return self.head(self.norm(self.cms["fast"](x)))
+
+
+def checkpointed(stage: int, ranks: Ranks) -> dict:
+    """Activation checkpointing of both kinds against none."""
+    quantum, found = 2 * ranks.world_size * SEQ_LEN, {}
+    for reentrant in (None, False, True):
+        config = levels(quantum, (1, 2, 4, 8), (stage,) * 4, {"optimizer": "sgd", "lr": 0.3}, bucket_elements=2000)
+        model = Checkpointed(reentrant)
+        scheduler = LevelScheduler(model, config, SEQ_LEN)
+        train(model, scheduler, ranks.rank, ranks.world_size, range(8), 1)
+        found[reentrant] = gathered(scheduler)
+        scheduler.close()
+    if ranks.rank:
+        return {}
+    return {kind: worst_error(found[kind], found[None].items()) for kind in (False, True)}
+
+
 def misfits(ranks: Ranks) -> dict[str, str]:
     """States that do not belong to this plan."""
     quantum = 4 * ranks.world_size * SEQ_LEN
@@ -145,6 +175,7 @@ CASES = {
     2: {f"frozen-{stage}": partial(frozen, stage) for stage in (1, 3)}
     | {f"capped-{stage}": partial(capped, stage) for stage in (1, 2, 3)}
     | {f"evaluated-{stage}": partial(evaluated, stage) for stage in (1, 3)}
+    | {f"checkpointed-{stage}": partial(checkpointed, stage) for stage in (1, 2, 3)}
     | {"scheduled": scheduled, "misfits": misfits}
 }
 
@@ -177,6 +208,11 @@ def test_the_relative_change_of_a_tick_is_capped(case, stage):
 @pytest.mark.parametrize("stage", [1, 3])
 def test_evaluation_between_quanta_changes_nothing(case, stage):
     assert case(2, f"evaluated-{stage}")["equal"]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_activation_checkpointing_of_both_kinds_changes_only_rounding(case, stage):
+    assert all(error <= 1e-6 for error in case(2, f"checkpointed-{stage}").values())
 
 
 def test_a_state_of_another_plan_is_refused(case):
