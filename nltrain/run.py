@@ -31,6 +31,7 @@ from nltrain.levels.quantum import cut_quantum
 from nltrain.levels.scheduler import LevelScheduler, Tick
 from nltrain.model import build
 from nltrain.track.events import read_events, reason_of
+from nltrain.track.goodput import goodput
 from nltrain.track.metrics import MetricsLog, read_rows
 from nltrain.track.progress import Meter, Speed, duration, memory_bytes, progress_line
 from nltrain.track.report import write_report
@@ -144,9 +145,9 @@ class Run:
         """This rank's batches of one quantum; every rank gets equally many, padding where it has no sequence."""
         assert self._stream is not None
         for _ in self._cut():
-            self._beat(WAITING_FOR_DATA)
+            # Whatever is fetched, built or compiled on first use belongs to the start.
+            self._beat(WAITING_FOR_DATA if self._quanta_done else STARTING)
             batch = next(self._stream).to(self.device, non_blocking=True)
-            # Whatever is built or compiled on first use belongs to the start.
             self._beat(TRAINING if self._quanta_done else STARTING)
             self.meter.start()
             yield batch
@@ -252,6 +253,7 @@ class Run:
         self._beat(SAVING)
         self.checkpoints.wait()
         self._log_saves()
+        self._tell_goodput()
         self._row("end", reason=left, level_updates=self._level_updates())
         self._show(left, force=True)
         if self.rank == 0:
@@ -271,6 +273,7 @@ class Run:
             self._row("sample", text=text)
             if self.rank == 0:
                 print(f"sample:\n{text}", flush=True)
+        self._tell_goodput()
         self._row("end", reason="finished", level_updates=self._level_updates(), weights_sha256=digest)
         if self.rank != 0:
             return {"level_updates": self._level_updates(), "checkpoint": self._checkpoint}
@@ -410,6 +413,12 @@ class Run:
             return reason_of(read_events(self._store, self.config.name, since_s)) or "submitted again"
         except StoreError as error:
             return f"reason not known ({error})"
+
+    def _tell_goodput(self) -> None:
+        """Where the time went so far, as a row of its own."""
+        if self.rank == 0:
+            report = goodput(read_rows(self.folder))
+            self._row("goodput", **{name: value for name, value in report.items() if isinstance(value, float)})
 
     def _beat(self, phase: str) -> None:
         self._supervision.beat(phase, self.tokens)

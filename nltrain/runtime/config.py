@@ -34,7 +34,7 @@ class ClusterConfig:
     hang_timeout_s: float = 300.0
     """A rank that makes no progress in training for this long is dumped, killed, and the group restarted."""
     slow_phase_timeout_s: float = 1800.0
-    """The same limit for starting, saving and finishing, where nothing can be counted on the way."""
+    """The same limit for starting, saving, validating and finishing, where nothing is counted on the way."""
     group_start_timeout_s: float = 60.0
     """Longest wait for the workers of one size to be placed before the nodes are counted anew."""
     resize_check_s: float = 20.0

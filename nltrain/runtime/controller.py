@@ -84,10 +84,13 @@ class JudgedFailures(FailurePolicy):
         self.config: RunConfig = from_dict(RunConfig, config)
         self._ledger = FailureLedger(self.config.cluster)
         self.last: tuple[Failure, Verdict] | None = None
+        self.stopping = False
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
         failure = diagnose(training_failed_error)
-        verdict = self._ledger.judge(failure, self._reached(), time.time())
+        verdict = Verdict(False, "the job was being stopped")
+        if not self.stopping:
+            verdict = self._ledger.judge(failure, self._reached(), time.time())
         self.last = (failure, verdict)
         if failure.kind != "capacity":
             what = "restarting" if verdict.retry else "stopping"
@@ -189,6 +192,7 @@ class Controller(TrainController):
 
     async def stop(self) -> bool:
         """Ask the ranks to save and end; False where there are none now."""
+        self._failure_policy.stopping = True
         return self._ask(Wish.STOP)
 
     async def verdict(self) -> tuple[Failure, Verdict] | None:

@@ -112,7 +112,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
             result = trainer.fit()
         except Exception as error:
             if stop.asked.is_set():
-                print("stopped before the ranks had begun to train: nothing to save", flush=True)
+                print("stopped without a checkpoint of this moment: the run goes on from its newest one", flush=True)
                 return {"left": "stopped", "tokens": 0}
             raise LaunchError(_reason(config, trainer, error)) from error
     return dict(result.return_value)

@@ -24,7 +24,7 @@ LEFT_AS = {Wish.RESIZE: "resized", Wish.PREEMPTED: "preempted", Wish.STOP: "stop
 # What a rank is doing, for the watchdog and its report. Those of the first kind may take long without a beat.
 STARTING, SAVING, FINISHING = "starting", "saving", "finishing"
 WAITING_FOR_DATA, TRAINING, VALIDATING = "waiting for data", "training", "validating"
-SLOW_PHASES = (STARTING, SAVING, FINISHING)
+SLOW_PHASES = (STARTING, SAVING, VALIDATING, FINISHING)
 
 
 class Supervision(Protocol):

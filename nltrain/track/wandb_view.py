@@ -12,7 +12,7 @@ from typing import Any
 from nltrain.track.config import TrackConfig
 from nltrain.track.metrics import Row
 
-SHOWN = ("step", "tick", "validation")
+SHOWN = ("step", "tick", "validation", "goodput")
 
 
 class NoView:
