@@ -235,8 +235,8 @@ def largest_error(a: RunConfig, b: RunConfig) -> float:
 
 def reshard(url: str, folder: Path, num_quanta: int, sizes: Sequence[int]) -> dict[str, Any]:
     """Saved at 4 ranks, gone on at other sizes with other ZeRO stages, and back at 4 from there."""
-    keep = "checkpoint.keep_last=100"
-    whole = config_of(url, folder, "four", num_quanta, keep)
+    keep = ("checkpoint.keep_last=100", "checkpoint.may_change=name")
+    whole = config_of(url, folder, "four", num_quanta, *keep)
     Group(whole, 4).wait()
     start = num_quanta // 2 // SAVE_EVERY * SAVE_EVERY
     errors, positions = {}, True
@@ -252,7 +252,7 @@ def reshard(url: str, folder: Path, num_quanta: int, sizes: Sequence[int]) -> di
             folder,
             f"at-{size}",
             num_quanta,
-            keep,
+            *keep,
             *changed,
             f"checkpoint.resume={url}/runs/four@{start * QUANTUM}",
         )
@@ -260,7 +260,7 @@ def reshard(url: str, folder: Path, num_quanta: int, sizes: Sequence[int]) -> di
         errors[f"4 -> {size}"] = largest_error(last, whole)
         positions &= newest(last).state["data"] == newest(whole).state["data"]
     middle = (start + SAVE_EVERY) * QUANTUM
-    back = config_of(url, folder, "back", num_quanta, keep, f"checkpoint.resume={url}/runs/{last.name}@{middle}")
+    back = config_of(url, folder, "back", num_quanta, *keep, f"checkpoint.resume={url}/runs/{last.name}@{middle}")
     Group(back, 4).wait()
     errors[f"4 -> {sizes[-1]} -> 4"] = largest_error(back, whole)
     return {

@@ -3,8 +3,7 @@
 A save copies this rank's share to host memory, then a thread writes it while training goes on; the folder becomes a
 checkpoint when rank 0 creates its manifest, after all ranks have written. At most one save is in flight. A failed one
 is logged at once and told again at the next call; training ends after `max_failures` in a row, or when a newer attempt
-of the run has begun. All methods but `poll` are collective: call them on every rank in the
-same order.
+of the run has begun. All methods but `poll` are collective: call them on every rank in the same order.
 """
 
 import logging
@@ -426,9 +425,10 @@ def _reader(source: Staging, index: int) -> Any:
 
 
 def _compare(stored: StoredCheckpoint, config: Mapping[str, Any] | None, may_change: Sequence[str]) -> list:
-    if config is None or not isinstance(stored.state, dict) or "config" not in stored.state:
+    state = stored.state
+    if config is None or not isinstance(state, dict) or "config" not in state:
         return []
-    return check_config(stored.state["config"], config, may_change)
+    return check_config(state["config"], config, may_change)
 
 
 def split_resume_url(text: str) -> tuple[Store, str, int | None]:
