@@ -40,6 +40,7 @@ from nltrain.data.stream import sequential_ranges
 
 SEQ_LEN = 1024
 BATCH_SIZE = 8
+CACHED_SAMPLES = 100_000  # over as many epochs as that takes
 BOUNDS: dict[str, Callable[[float], bool]] = {
     "samples_lost": lambda x: x == 0,
     "samples_repeated": lambda x: x == 0,
@@ -83,15 +84,15 @@ def tar_overhead_share(dataset: TokenDataset) -> float:
     return 1 - payload / total
 
 
-def measure_throughput(config: DataConfig) -> dict[str, Any]:
-    """One epoch through the stream, in this process."""
+def measure_throughput(config: DataConfig, num_samples: int) -> dict[str, Any]:
+    """Samples through the stream, in this process, from opening the dataset on."""
     anonymous_bytes = _anonymous_bytes()
     started_s = time.perf_counter()
     plan = open_plan(config)
     num_tokens = 0
     peak_anonymous_bytes = 0
     first_batch_s = 0.0
-    with TokenStream(config, plan, sequential_ranges(plan.datasets[0].num_sequences, BATCH_SIZE)) as stream:
+    with TokenStream(config, plan, sequential_ranges(num_samples, BATCH_SIZE)) as stream:
         for number, batch in enumerate(stream):
             num_tokens += batch.tokens.numel()
             if number == 0:
@@ -198,9 +199,9 @@ def _anonymous_bytes() -> int:
     return 0
 
 
-def in_own_process(part: str, config: DataConfig, share: float = 0.0) -> dict[str, Any]:
+def in_own_process(part: str, config: DataConfig, amount: float) -> dict[str, Any]:
     """Runs one measurement in a fresh process on one core."""
-    request = json.dumps({"part": part, "config": vars(config), "share": share})
+    request = json.dumps({"part": part, "config": vars(config), "amount": amount})
     command = [sys.executable, "-m", "benchmarks.data", "--part", request]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -211,8 +212,8 @@ def run_part(request: dict[str, Any]) -> dict[str, Any]:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     config = DataConfig(**request["config"] | {"weights": tuple(request["config"]["weights"])})
     if request["part"] == "throughput":
-        return measure_throughput(config)
-    return measure_first_batch(config, request["share"])
+        return measure_throughput(config, int(request["amount"]))
+    return measure_first_batch(config, request["amount"])
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -222,8 +223,8 @@ def run(quick: bool) -> dict[str, Any]:
         url = "s3://bench/tokens"
         dataset = build(url, num_sequences, SEQ_LEN)
         config = DataConfig(prefix=url, seq_len=SEQ_LEN, cache_dir=f"{folder}/cache")
-        cold = in_own_process("throughput", config)
-        cached = in_own_process("throughput", config)
+        cold = in_own_process("throughput", config, num_sequences)
+        cached = in_own_process("throughput", config, CACHED_SAMPLES)
         first = {
             share: in_own_process("first_batch", replace(config, cache_dir=f"{folder}/empty-{share}"), share)
             for share in (0.1, 0.9)
