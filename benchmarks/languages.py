@@ -1,6 +1,7 @@
 """Formal languages (parity, (aa)*, (abab)*, a^n b^n, a^n b^n c^n, Shuffle-2) and associative recall.
 
-    python -m benchmarks.languages [--json] [--quick] [--only TASK ...] [--seeds N] [--steps N] [--out DIR] [--page FILE]
+    python -m benchmarks.languages [--json] [--quick] [--only TASK ...] [--models NAME ...] [--seeds N] [--steps N]
+                                   [--out DIR] [--page FILE]
 
 Hope, Transformer++ and a matrix memory learn each language from strings of up to 40 symbols and are tested up to 40
 and on 41-100; per position and by whole strings. Recall: fresh pairs in every sequence, at equal steps, Hope with
@@ -69,13 +70,13 @@ def recall_models() -> dict[str, ModelConfig]:
 
 
 def _batches(sampler: Sampler, lengths: list[int], seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Lengths grow over the first half of `lengths`, which is then drawn from at random."""
     generator = torch.Generator().manual_seed(seed)
     for length in lengths:
         yield sampler(length, BATCH, generator)
 
 
 def _lengths(num_steps: int, seed: int) -> list[int]:
+    """String lengths from 4 to a longest that grows from 6 to 40 over the first half of the steps."""
     generator = torch.Generator().manual_seed(seed)
     out = []
     for step in range(num_steps):
@@ -85,14 +86,18 @@ def _lengths(num_steps: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def _test(model: LanguageModel, tokens: Tensor, targets: Tensor) -> dict[str, tuple[float, float]]:
-    predicted = torch.cat([model(part)[0].argmax(-1) for part in tokens.split(64)])
-    far = targets.clone()
-    far[:, :SHORT] = IGNORED
-    out = {"in_range": accuracy(predicted[:, :SHORT], targets[:, :SHORT])}
-    if (far != IGNORED).any():
-        rows = (far != IGNORED).any(1)
-        out["beyond"] = accuracy(predicted[rows], far[rows])
+def _test(model: LanguageModel, sampler: Sampler, count: int, seed: int) -> dict[str, float]:
+    """Accuracies on strings as long as in training, and behind position 40 of longer ones."""
+    generator = torch.Generator().manual_seed(seed)
+    out = {}
+    for span, length, begin in (("in_range", SHORT, 0), ("beyond", LONG, SHORT)):
+        tokens, targets = sampler(length, count, generator)
+        targets[:, :begin] = IGNORED
+        rows = (targets != IGNORED).any(1)
+        if not rows.any():
+            continue
+        predicted = torch.cat([model(part)[0].argmax(-1) for part in tokens[rows].split(64)])
+        out[f"{span}_positions"], out[f"{span}_strings"] = accuracy(predicted, targets[rows])
     return out
 
 
@@ -102,11 +107,8 @@ def one_run(config: ModelConfig, sampler: Sampler, seed: int, num_steps: int, lr
     model = build(config)
     batches = _batches(sampler, _lengths(num_steps, seed), seed + 1)
     loss = train(model, batches, num_steps, lr, weight_decay=0.01)
-    tested = _test(model, *sampler(LONG, num_tests, torch.Generator().manual_seed(seed + 999)))
-    result: dict = {"train_loss": loss, "params": count_parameters(model)}
-    for span, (positions, strings) in tested.items():
-        result |= {f"{span}_positions": positions, f"{span}_strings": strings}
-    return result
+    tested = _test(model, sampler, num_tests, seed + 999)
+    return {"train_loss": loss, "params": count_parameters(model)} | tested
 
 
 def page(rows: list[dict], args: argparse.Namespace) -> str:
