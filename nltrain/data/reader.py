@@ -176,8 +176,9 @@ class ShardReader:
 
     def _parts(self, dataset: TokenDataset, number: int) -> Iterator[bytes]:
         line = dataset.shards[number]
-        for start in range(0, line.num_bytes, PART_BYTES):
-            length = min(PART_BYTES, line.num_bytes - start)
+        part_bytes = max(1, min(PART_BYTES, self.meter.limit_bytes))
+        for start in range(0, line.num_bytes, part_bytes):
+            length = min(part_bytes, line.num_bytes - start)
             self.meter.acquire(length)
             try:
                 if self._closed.is_set():
@@ -191,6 +192,11 @@ class ShardReader:
         index = dataset.index(number)
         position, slot = divmod(offset, index.sequences_per_member)
         start, length = shards.member_range(index.members[position])
+        if length > self.meter.limit_bytes:
+            raise DataError(
+                f"data.buffer_bytes: the quarter for transfers, {self.meter.limit_bytes} bytes, does not hold a member "
+                f"of {dataset.shard_url(number)} ({length} bytes): raise it to {4 * length} or more"
+            )
         for _ in range(DAMAGED_TRANSFERS):
             self.meter.acquire(length)
             try:

@@ -222,8 +222,9 @@ def test_memory_stays_within_the_configured_buffer(bucket: str, tmp_path: Path) 
         threading.Event().wait(0.5)  # a slow consumer: the threads fill what they may
         list(stream)
     assert 0.3 * buffer_bytes < stream.peak_buffer_bytes <= buffer_bytes
-    with pytest.raises(DataError, match=r"data.buffer_bytes: 200000: one batch of 400 x 64 tokens"):
-        list(TokenStream(config, open_plan(config), [range(400)]))
+    assert "data.buffer_bytes: 200000: one batch of 400 x 64 tokens" in refused(config, range(400))
+    small = replace(config, buffer_bytes=1600)
+    assert "data.buffer_bytes: the quarter for transfers, 400 bytes, does not hold a member" in refused(small)
 
 
 def test_two_datasets_are_mixed_by_weight(tmp_path: Path) -> None:
