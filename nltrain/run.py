@@ -340,7 +340,8 @@ class Run:
 
     def _announce(self, loaded: Loaded | None) -> None:
         """Note this attempt: who takes part, where it starts, and what an earlier one had done beyond that point."""
-        self._claim_folder()
+        if self.rank == 0:
+            claim_folder(self.folder, self.config.name, self.config.checkpoint.url)
         ranks = self.folder / "ranks"
         ranks.mkdir(parents=True, exist_ok=True)
         who = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "attempt": self.attempt}
@@ -391,18 +392,6 @@ class Run:
                 f"({row['mode']})",
                 flush=True,
             )
-
-    def _claim_folder(self) -> None:
-        """The folder belongs to one run: rows of two would be told apart by nothing."""
-        if self.rank != 0:
-            return
-        owner = self.folder / "run.json"
-        if owner.exists() and (other := json.loads(owner.read_text())["name"]) != self.config.name:
-            raise ConfigError(
-                f"output={self.config.output}: holds the run {other!r}; give {self.config.name!r} a folder of its own"
-            )
-        self.folder.mkdir(parents=True, exist_ok=True)
-        owner.write_text(json.dumps({"name": self.config.name, "checkpoint_url": self.config.checkpoint.url}))
 
     def _why_again(self, history: dict[str, Any]) -> str:
         """Why there is another attempt: what the controller or a watchdog noted since the last one began."""
@@ -465,6 +454,15 @@ class Run:
             values = result._asdict() | {"saved_tokens": result.tokens}
             del values["tokens"]
             self._row("checkpoint" if not result.error else "checkpoint_failed", **values)
+
+
+def claim_folder(folder: Path, name: str, checkpoint_url: str) -> None:
+    """Make `folder` that of run `name`: rows of two runs would be told apart by nothing. Raises ConfigError."""
+    owner = folder / "run.json"
+    if owner.exists() and (other := json.loads(owner.read_text())["name"]) != name:
+        raise ConfigError(f"output={folder}: holds the run {other!r}; give {name!r} a folder of its own")
+    folder.mkdir(parents=True, exist_ok=True)
+    owner.write_text(json.dumps({"name": name, "checkpoint_url": checkpoint_url}))
 
 
 def _plain(tick: Tick) -> dict[str, Any]:
