@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from jobs.hope_tiny import config as hope_tiny
 from nltrain.checkpoint.catalog import list_checkpoints
 from nltrain.checkpoint.manifest import MANIFEST, checkpoints_prefix
@@ -62,7 +64,6 @@ class Told(Unsupervised):
 
 def rank_main(rank: int, size: int, meeting: str, values: dict[str, Any]) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
-    import torch
     import torch.distributed as dist
 
     from nltrain.loop import train
@@ -186,13 +187,27 @@ def run_with_kills(config: RunConfig, size: int, kills: int, chance: random.Rand
 
 
 def differences(a: RunConfig, b: RunConfig) -> list[str]:
-    """What differs between the ends of two runs: stored tensors of every kind, clocks, data position, RNG, losses."""
+    """What differs between the ends of two runs: stored tensors of every kind, clocks, data position, RNG, losses.
+
+    Of the generators torch's is compared: nothing that trains draws from Python's or NumPy's, while retries of the
+    store do.
+    """
     found = []
     first, second = (newest(config) for config in (a, b))
     hashes = [{path: entry.sha256 for path, entry in stored.files.items()} for stored in (first, second)]
     if hashes[0].keys() != hashes[1].keys():
         found.append("the files' names")
-    found += [path for path in hashes[0] if path != "state.json" and hashes[0][path] != hashes[1].get(path)]
+    compared = [path for path in hashes[0] if path != "state.json" and "/own" not in path]
+    found += [path for path in compared if hashes[0][path] != hashes[1].get(path)]
+    for rank in range(first.manifest.world_size):
+        own = [stored.rank_state(rank) for stored in (first, second)]
+        if not torch.equal(own[0]["rng"]["torch"], own[1]["rng"]["torch"]):
+            found.append(f"the random generator of rank {rank}")
+        windows = [state["levels"] for state in own]
+        if windows[0].keys() != windows[1].keys() or any(
+            not torch.equal(windows[0][n], windows[1][n]) for n in windows[0]
+        ):
+            found.append(f"the unreduced sums of rank {rank}")
     for part in ("levels", "data", "dataset_fingerprint"):
         if first.state[part] != second.state[part]:
             found.append(f"state.{part}")

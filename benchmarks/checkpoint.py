@@ -42,6 +42,7 @@ BOUNDS: dict[str, Callable[[Any], bool]] = {
     "reshard_max_rel_err": lambda x: x <= runs.RESHARD_BOUND,
     "stall_over_sync_save": lambda x: x <= 0.10,
     "staging_over_share": lambda x: x <= 1.1,
+    "largest_file_over_configured": lambda x: x <= 1,
     "save_over_store_throughput": lambda x: x >= 0.60,
     "load_over_store_throughput": lambda x: x >= 0.60,
     "corruptions_missed": lambda x: x == 0,
@@ -155,8 +156,7 @@ def measure_speed(url: str, num_bytes: int) -> dict[str, Any]:
     }  # fmt: skip
     return medians | {
         "state_bytes": total,
-        "largest_file_bytes": max(files),
-        "max_file_bytes": config.max_file_bytes,
+        "largest_file_over_configured": max(files) / config.max_file_bytes,
         "staging_over_share": staging / total,
         "save_memory_growth_over_share": memory.growth_bytes / total,
         "stall_over_sync_save": medians["stall_s"] / medians["sync_save_s"],
