@@ -102,13 +102,13 @@ class ShardCache:
             os.close(descriptor)  # frees the lock
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        files = []
+        files = {}  # by shard: one renamed while the folder is read shows up under both names
         for path in self.folder.iterdir():
             if path.suffix in (SUFFIX, PARTIAL_SUFFIX):
                 with contextlib.suppress(FileNotFoundError):  # dropped by another process meanwhile
                     status = path.stat()
-                    files.append((status.st_mtime, status.st_size, path))
-        return sorted(files)
+                    files[path.stem] = (status.st_mtime, status.st_size, path)
+        return sorted(files.values())
 
     def _reserve(self, partial: Path, num_bytes: int, keep: set[str]) -> None:
         """Makes room and takes it, so that shards fetched at the same time do not share it."""

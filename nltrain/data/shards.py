@@ -100,6 +100,8 @@ class ShardPacker:
         if self._num_pending >= num_left or self._starts:
             tokens = np.concatenate(self._pending)
             num_sequences = max(1, -(-(len(tokens) - 1) // self.seq_len))
+            # A document of one token, the last, is no sequence's input yet: its start needs one without targets.
+            num_sequences += bool(self._starts) and self._starts[-1] == num_sequences * self.seq_len
             padded = np.zeros(num_sequences * self.seq_len + 1, self.dtype)
             padded[: len(tokens)] = tokens
             finished += self._write_member(padded, num_sequences, len(tokens), self._starts)
