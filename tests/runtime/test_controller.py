@@ -1,0 +1,63 @@
+"""What Ray says about the end of a group of workers, as one failure of ours; and Ray's names that we lean on."""
+
+import inspect
+
+import pytest
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
+from ray.train.v2.api.preemption import PreemptionInfo
+
+from nltrain.runtime import controller
+from nltrain.runtime.failures import NodeLeaving, RankError
+
+
+def group(**failures):
+    return WorkerGroupError("words", {int(rank[1:]): error for rank, error in failures.items()})
+
+
+def test_a_lost_process_is_described_by_the_sentence_that_names_the_cause():
+    lost = WorkerHealthCheckFailedError("A worker health check failed.\nWorker info: ...", RuntimeError("it died"))
+    found = controller.diagnose(group(r2=lost))
+    assert (found.kind, found.text) == ("death", "rank 2 was lost: it died")
+
+
+def test_a_ranks_own_error_is_kept_whole():
+    found = controller.diagnose(group(r1=RankError(1, "ValueError", "boom", "x.py:3", 512, "the traceback")))
+    assert (found.kind, found.tokens, found.traceback) == ("error", 512, "the traceback")
+
+
+def test_a_node_that_was_drained_counts_as_preemption():
+    assert controller.diagnose(group(r0=NodeLeaving("left"))).kind == "preemption"
+    info = PreemptionInfo(deadline_ms=None, preempted_node_to_ranks={"n": [1]})
+    assert controller.diagnose(PreemptionError(info, drain_timed_out=True)).kind == "preemption"
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind"),
+    [
+        (WorkerGroupStartupTimeoutError(3), "capacity"),
+        (WorkerGroupStartupFailedError("a worker died"), "death"),
+        (ValueError("a bug of the controller"), "internal"),
+    ],
+)
+def test_troubles_of_the_controller_are_told_apart(cause, kind):
+    assert controller.diagnose(ControllerError(cause)).kind == kind
+
+
+def test_ray_still_has_what_we_override():
+    for owner, names in (
+        (TrainController, ("_execute_resize_decision", "_set_state", "get_worker_group", "get_state")),
+        (ElasticScalingPolicy, ("_get_reserved_resources", "GET_RESERVED_RESOURCES_INTERVAL_S")),
+        (DataParallelTrainer, ("_initialize_and_run_controller",)),
+    ):
+        for name in names:
+            assert hasattr(owner, name), name
+    arguments = inspect.signature(TrainController.__init__).parameters
+    assert {"failure_policy", "scaling_policy"} <= set(arguments)
