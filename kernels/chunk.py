@@ -4,6 +4,7 @@ Here the sequence is cut and the steps are strung together; `block` holds the ma
 State, decays and the triangular inverse are at least fp32. README.md beside this file has the derivation.
 """
 
+from functools import cache
 from math import isqrt
 from typing import Any
 
@@ -18,6 +19,11 @@ from kernels.rule import MemoryRule
 from kernels.state import Initial, Inputs, MemoryState, Weights, fresh_state
 
 
+@cache
+def _compiled_call(backend: str) -> Any:
+    return torch.compile(BlockStep.__call__, dynamic=False, backend=backend)
+
+
 def self_modify(
     inputs: Inputs,
     initial: Initial,
@@ -27,13 +33,15 @@ def self_modify(
     *,
     layout: Layout | None = None,
     recompute: bool = False,
+    compile_backend: str | None = None,
     truncate_blocks: int | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Outputs o [B, T, H, d] and the state after the last token, as `naive.self_modify`.
 
     document_starts: [B, T] bool, None for none. layout: what `build_layout` gives for these arguments, to share it
     between layers. recompute: keep only every sqrt(blocks)-th state for the backward pass. truncate_blocks: detach the
-    state every so many blocks of the loop. The outputs have the dtype of the inputs.
+    state every so many blocks of the loop.
+    compile_backend: run each block through torch.compile. The outputs have the dtype of the inputs.
     """
     num_sequences, num_tokens, num_heads, _ = inputs.k.shape
     in_dtype = inputs.k.dtype
@@ -80,6 +88,7 @@ def self_modify(
         pieces = {name: value.split(lengths, 1) for name, value in x.items()}
 
         num_blocks = len(layout.blocks)
+        call = _compiled_call(compile_backend) if compile_backend else BlockStep.__call__
 
         def run_group(start: Weights, run: Weights, velocity: Any, first: int, last: int) -> tuple:
             outputs = []
@@ -93,7 +102,7 @@ def self_modify(
                     velocity = velocity and step.masked(block.resets, velocity.map(torch.zeros_like), velocity)
                 own_valid = None if valid is None else valid[:, block.begin : block.end]
                 own = {name: parts[i] for name, parts in pieces.items()}
-                out, run, velocity = step(start, run, velocity, own, own_valid)
+                out, run, velocity = call(step, start, run, velocity, own, own_valid)
                 outputs.append(out)
                 # Snapshot now what the next block needs, so that a group boundary carries one set of weights.
                 after = layout.blocks[i + 1] if i + 1 < num_blocks else None

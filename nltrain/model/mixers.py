@@ -64,6 +64,8 @@ class MemoryMixer(nn.Module):
         )  # fmt: skip
         blocks_per_chunk = -(-self.rule.chunk_min // self.rule.block_tokens)
         self.truncate_blocks = config.truncate_chunks and config.truncate_chunks * blocks_per_chunk
+        # Set, for example to "inductor", to compile each step of the chunk loop (not the unrolled sequence).
+        self.compile_backend: str | None = None
         self.norm = HeadNorm(config.num_heads, config.head_dim, config.norm_eps)
 
     def forward(self, u: Tensor, packing: Packing, state: MemoryMixerState | None) -> tuple[Tensor, MemoryMixerState]:
@@ -85,6 +87,7 @@ class MemoryMixer(nn.Module):
             state.memory if state else None,
             layout=packing.layout(self.rule),
             recompute=self.config.recompute == "chunks",
+            compile_backend=self.compile_backend,
             truncate_blocks=self.truncate_blocks,
         )
         return self.out(self.norm(o) * F.silu(self.gate(u))), MemoryMixerState(history, memory)

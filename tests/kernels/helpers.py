@@ -1,5 +1,6 @@
 """Random cases for the kernels, and the comparison of two forms on outputs, final states and gradients."""
 
+import os
 from typing import Any, NamedTuple
 
 import torch
@@ -7,6 +8,9 @@ from torch import Tensor
 
 from kernels import Initial, Inputs, MemoryRule, MemoryState, Weights, chunk, naive
 from kernels.state import init_weights
+
+# Where the cases run; random numbers are always drawn on the CPU.
+DEVICE = os.environ.get("NLTRAIN_TEST_DEVICE", "cpu")
 
 
 class Case(NamedTuple):
@@ -40,12 +44,14 @@ def make_case(
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
     shape = (num_sequences, num_tokens, num_heads)
     inputs = Inputs(*(normal(*shape, head_dim) for _ in range(4)), normal(*shape) if rule.momentum else None)
     initial = init_weights(rule, num_heads, head_dim, hidden, generator=generator, dtype=dtype, w1_std=w1_std)
+    initial = Initial(initial.weights.map(lambda w: w.to(DEVICE)), initial.slow.to(DEVICE), initial.bias.to(DEVICE))
     starts = torch.rand(num_sequences, num_tokens, generator=generator) < documents if documents else None
+    starts = None if starts is None else starts.to(DEVICE)
     return Case(rule, inputs, initial, starts)
 
 
@@ -72,7 +78,7 @@ def evaluate(form: Any, case: Case, seed: int = 7) -> Result:
     tensors = {n: t for n, t in state.to_tensors().items() if t.is_floating_point()}
     total = output.new_zeros(())
     for tensor in (output, *tensors.values()):
-        weight = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.dtype)
+        weight = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(DEVICE, tensor.dtype)
         total = total + (tensor * weight).sum()
     found = torch.autograd.grad(total, list(named.values()), allow_unused=True)
     return Result(output.detach(), state.to_tensors(), dict(zip(named, found, strict=True)))

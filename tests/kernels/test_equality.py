@@ -12,7 +12,7 @@ import torch
 
 from kernels import MemoryRule, chunk, naive
 from kernels.layout import build_layout
-from tests.kernels.helpers import errors, evaluate, leaves, make_case, relative, with_leaves
+from tests.kernels.helpers import DEVICE, errors, evaluate, leaves, make_case, relative, with_leaves
 
 FORWARD, BACKWARD = 1e-12, 1e-10
 
@@ -176,7 +176,7 @@ def test_rows_cut_alike_and_rows_cut_apart_agree() -> None:
     """The padded layout and plain slices are two ways to the same numbers."""
     rule = MemoryRule(chunk_mem=8, chunk_other=8)
     case = make_case(rule, 40, 2)
-    starts = torch.zeros(2, 40, dtype=torch.bool)
+    starts = torch.zeros(2, 40, dtype=torch.bool, device=DEVICE)
     starts[0, 13] = True
     assert build_layout(rule, 40, torch.zeros(2, dtype=torch.long), starts).source is not None
     apart = evaluate(chunk, case._replace(document_starts=starts)).output
@@ -218,7 +218,7 @@ def test_the_inner_gradient_is_that_of_the_printed_objective() -> None:
     rule = replace(MemoryRule(), adaptive=())
     case = make_case(rule, 1, 1, num_heads=1)
     w2, w1 = case.initial.weights.w2[None], case.initial.weights.w1[None, :, 0]
-    k, target = torch.randn(1, 1, 4, dtype=torch.float64), torch.randn(1, 1, 4, dtype=torch.float64)
+    k, target = torch.randn(2, 1, 1, 4, dtype=torch.float64, device=DEVICE)
     memory = naive.Memory(rule, w2.requires_grad_(), w1.requires_grad_(), None)
     g2, g1, _ = memory.gradient(k, target)
     want = torch.autograd.grad(0.5 * (memory(k) - target).square().sum(), [w2, w1])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from nltrain.model import LanguageModel, ModelConfig, build
+from tests.kernels.helpers import DEVICE
 from tests.model.configs import ALL_CONFIGS, small
 
 NUM_TOKENS = 40
@@ -14,11 +15,11 @@ NUM_TOKENS = 40
 
 def _model(config: ModelConfig, seed: int = 0) -> LanguageModel:
     torch.manual_seed(seed)
-    return build(config).double()
+    return build(config).double().to(DEVICE)
 
 
 def _tokens(num_sequences: int = 3, num_tokens: int = NUM_TOKENS, seed: int = 1) -> Tensor:
-    return torch.randint(0, 23, (num_sequences, num_tokens), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(0, 23, (num_sequences, num_tokens), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
 
 
 def _starts(num_sequences: int = 3, num_tokens: int = NUM_TOKENS) -> Tensor:
@@ -27,7 +28,7 @@ def _starts(num_sequences: int = 3, num_tokens: int = NUM_TOKENS) -> Tensor:
     starts[:, 0] = True
     starts[0, [5, 6, 16]] = True
     starts[1, [8, 31]] = True
-    return starts
+    return starts.to(DEVICE)
 
 
 def _logits(model: LanguageModel, tokens: Tensor, starts: Tensor | None, pieces: list[int] | None) -> Tensor:
@@ -157,7 +158,7 @@ def test_greedy_generation_equals_scoring_the_whole_prefix(family: str) -> None:
 
 def test_sampling_follows_its_generator() -> None:
     model = _model(small("hope"))
-    draws = [model.generate(_tokens(1, 5), 20, 1.0, torch.Generator().manual_seed(s)) for s in (3, 3, 4)]
+    draws = [model.generate(_tokens(1, 5), 20, 1.0, torch.Generator(DEVICE).manual_seed(s)) for s in (3, 3, 4)]
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 

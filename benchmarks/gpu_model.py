@@ -1,0 +1,266 @@
+"""Kernels and model on this machine's GPU: the tests, then a table of training speed. `make gpu-check` runs it.
+
+    python -m benchmarks.gpu_model [--json] [--quick] [--device cuda|cpu] [--skip-tests] [--budget-s S] [--out FILE]
+
+Needs CUDA, torch >= 2.11 and pytest, nothing else. Forward and backward of Hope (chunk path, eager and compiled per
+block step) and Transformer++ (SDPA, compiled per block) at 160m and 1p3b shapes, T = 2k / 8k / 32k, 32k tokens a step,
+bf16 parameters, no optimizer: thousand tokens/s, peak memory, and the share of a same-process 8192^3 bf16 product
+that the model's FLOPs (without recomputation) make up. What does not fit in time or memory is listed as skipped.
+--device cpu --quick proves the machinery without a GPU; such figures mean nothing else.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kernels.cost import forward_flops_per_token
+from nltrain.model import LanguageModel, ModelConfig, build, preset
+
+TOKENS_PER_STEP = 32_768
+# Most wanted first: the budget may end before the list does.
+CELLS = [
+    (family, mode, size, num_tokens)
+    for size in ("160m", "1p3b")
+    for num_tokens in (2_048, 8_192, 32_768)
+    for family, mode in (("transformer", "compiled"), ("hope", "compiled"), ("hope", "eager"))
+]
+
+
+@dataclass
+class Row:
+    """One measured or skipped cell."""
+
+    family: str
+    mode: str
+    size: str
+    seq_len: int
+    skipped: str | None = None
+    kilo_tokens_per_s: float | None = None
+    share_of_gemm: float | None = None
+    peak_memory_gb: float | None = None
+    step_s: float | None = None
+    steps: int | None = None
+
+
+class Clock:
+    """Seconds left of the budget, and synchronised timing."""
+
+    def __init__(self, device: torch.device, budget_s: float) -> None:
+        self.device, self.ends = device, time.monotonic() + budget_s
+
+    def left_s(self) -> float:
+        return self.ends - time.monotonic()
+
+    def time_s(self, function: Any) -> float:
+        self.synchronize()
+        began = time.monotonic()
+        function()
+        self.synchronize()
+        return time.monotonic() - began
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def gemm_flops_per_s(clock: Clock, size: int) -> float:
+    """The rate of a size^3 bf16 product."""
+    a = torch.randn(size, size, device=clock.device, dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ a
+    times = sorted(clock.time_s(lambda: a @ a) for _ in range(10))
+    return 2 * size**3 / times[len(times) // 2]
+
+
+def train_flops_per_token(config: ModelConfig, model: LanguageModel, seq_len: int) -> float:
+    """Forward and backward, without recomputation: 6 per parameter in a product, attention 6 L T D, memories x 3."""
+    dense = sum(p.numel() for n, p in model.named_parameters() if p.dim() == 2 and ".memories." not in n)
+    if config.family == "transformer":
+        return 6 * dense + 6 * config.num_layers * seq_len * config.width
+    memories = forward_flops_per_token(config.rule, config.head_dim, config.memory_hidden) * config.num_heads
+    return 6 * dense + 3 * memories * config.num_layers
+
+
+def fused_loss(model: LanguageModel, tokens: Tensor) -> Tensor:
+    """The loss without all logits at once, where torch has it."""
+    hidden, _ = model._hidden(tokens, None, None)
+    options = torch.nn.LinearCrossEntropyOptions()  # type: ignore[attr-defined]
+    return F.linear_cross_entropy(  # type: ignore[attr-defined]
+        hidden.flatten(0, 1), model.embedding.weight, tokens.flatten(), reduction="sum", options=options
+    )
+
+
+def choose_loss(device: torch.device) -> tuple[str, Any]:
+    """("fused" or "plain", the loss): fused where a small trial runs forward and backward."""
+    try:
+        config = replace(preset("transformer", "tiny"), num_layers=1)
+        trial = build(config).to(device, torch.bfloat16)
+        fused_loss(trial, torch.zeros(1, 64, dtype=torch.long, device=device)).backward()
+    except (AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
+        return f"plain ({type(error).__name__}: {str(error).splitlines()[0][:100]})", lambda m, t: m.loss(t, t)
+    return "fused", fused_loss
+
+
+def prepare(config: ModelConfig, mode: str, device: torch.device) -> LanguageModel:
+    """A bf16 model on the device, compiled per block and per step of the chunk loop."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = build(config).to(torch.bfloat16)
+    # Without a GPU the compiler's back end proves nothing and takes minutes.
+    backend = "inductor" if device.type == "cuda" else "aot_eager"
+    if mode == "compiled":
+        torch.compiler.reset()
+        for block in model.blocks:
+            if config.family == "transformer":
+                block.compile(dynamic=False, backend=backend)
+            else:
+                block.mixer.compile_backend = backend  # type: ignore[union-attr]
+                block.cms.compile(dynamic=False, backend=backend)  # type: ignore[operator, union-attr]
+    return model
+
+
+def measure(row: Row, config: ModelConfig, tokens_per_step: int, clock: Clock, gemm: float, loss: Any) -> None:
+    """Fills the row; raises what the cell raises."""
+    device = clock.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model = prepare(config, row.mode, device)
+    batch = max(1, tokens_per_step // row.seq_len)
+    tokens = torch.randint(0, config.vocab_size, (batch, row.seq_len), device=device)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        loss(model, tokens).backward()
+
+    first_s = clock.time_s(step)
+    if first_s > clock.left_s():
+        raise TimeoutError(f"one step took {first_s:.0f} s")
+    times = [clock.time_s(step)]
+    while len(times) < 20 and sum(times) < 8 and times[-1] < clock.left_s():
+        times.append(clock.time_s(step))
+    row.steps, row.step_s = len(times), sorted(times)[len(times) // 2]
+    row.kilo_tokens_per_s = batch * row.seq_len / row.step_s / 1000
+    row.share_of_gemm = train_flops_per_token(config, model, row.seq_len) * row.kilo_tokens_per_s * 1000 / gemm
+    if device.type == "cuda":
+        row.peak_memory_gb = torch.cuda.max_memory_allocated(device) / 1e9
+
+
+def table(clock: Clock, quick: bool, gemm: float, loss: Any) -> list[Row]:
+    """All cells, in order, until the budget is spent."""
+    rows = []
+    for family, mode, size, seq_len in CELLS:
+        row = Row(family, mode, size, seq_len)
+        rows.append(row)
+        config = preset(family, size)
+        tokens_per_step = TOKENS_PER_STEP
+        if family == "hope":
+            config = replace(config, recompute="chunks")
+        if quick:
+            config = replace(config, num_layers=1, width=256, vocab_size=512)
+            row.seq_len = tokens_per_step = seq_len // 16
+        if clock.left_s() < (2 if quick else 15):
+            row.skipped = "no time left"
+            continue
+        try:
+            measure(row, config, tokens_per_step, clock, gemm, loss)
+        except torch.OutOfMemoryError:
+            row.skipped = "out of memory"
+        except TimeoutError as error:
+            row.skipped = f"too slow: {error}"
+        except Exception as error:  # a compiler failure must not hide the other cells
+            row.skipped = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+        gc.collect()
+        if clock.device.type == "cuda":
+            torch.cuda.empty_cache()
+        print(describe(row), flush=True)
+    return rows
+
+
+def describe(row: Row) -> str:
+    """One line of the table."""
+    name = f"{row.family:12} {row.mode:9} {row.size:5} T={row.seq_len:6}"
+    if row.skipped:
+        return f"{name}  skipped: {row.skipped}"
+    memory = "" if row.peak_memory_gb is None else f"  {row.peak_memory_gb:6.1f} GB"
+    return f"{name}  {row.kilo_tokens_per_s:8.2f} kt/s  {row.share_of_gemm:6.1%} of the 8192^3 product{memory}"
+
+
+def run_tests(device: str, quick: bool) -> int:
+    """The tests of kernels and model on the device; pytest's exit code."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels", "tests/model"]
+    if quick:
+        command += ["-k", "cost or causal or config"]
+    environment = os.environ | {"NLTRAIN_TEST_DEVICE": device}
+    return subprocess.run(command, cwd=Path(__file__).parent.parent, env=environment).returncode
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the figures belong to."""
+    out: dict[str, Any] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+        "device": platform.processor() or "cpu",
+    }
+    if device.type == "cuda":
+        found = torch.cuda.get_device_properties(device)
+        out |= {"device": found.name, "memory_gb": round(found.total_memory / 1e9, 1), "cuda": torch.version.cuda}
+    return out
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--quick", action="store_true", help="one narrow layer, T / 16, few tests")
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu only proves the machinery")
+    parser.add_argument("--skip-tests", action="store_true", help="the table alone")
+    parser.add_argument("--budget-s", type=float, default=340, help="seconds for the table")
+    parser.add_argument("--out", type=Path, help="write the JSON here")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print(f"gpu-check: no CUDA device here (torch {torch.__version__}): nothing was tested or measured. "
+              "Run it on a machine with a GPU and a CUDA build of torch.")  # fmt: skip
+        return 2
+    device = torch.device(args.device)
+    failed_tests = 0 if args.skip_tests else run_tests(args.device, args.quick)
+
+    # fp32 products of the memories run as TF32; their state stays fp32.
+    torch.set_float32_matmul_precision("high")
+    clock = Clock(device, args.budget_s)
+    size = 512 if args.device == "cpu" else 8192
+    gemm = gemm_flops_per_s(clock, size)
+    loss_name, loss = choose_loss(device)
+    print(hardware(device))
+    print(f"{size}^3 bf16 product: {gemm / 1e12:.1f} TFLOP/s; cross entropy: {loss_name}", flush=True)
+    rows = table(clock, args.quick, gemm, loss)
+    measured = [row for row in rows if row.skipped is None]
+    results = {
+        "hardware": hardware(device),
+        "gemm_size": size,
+        "gemm_tflop_per_s": gemm / 1e12,
+        "cross_entropy": loss_name,
+        "float32_matmul": "high (TF32)",
+        "tests_exit_code": failed_tests,
+        "rows": [asdict(row) for row in rows],
+    }
+    if args.out:
+        args.out.write_text(json.dumps(results, indent=1))
+    if args.json:
+        print(json.dumps(results))
+    return 1 if failed_tests or not measured else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
