@@ -18,7 +18,7 @@ class CheckpointConfig:
     keep_every_tokens: int = 0
     """Keep for ever the first checkpoint at or after each multiple of this many tokens. 0: none."""
     resume: str = "auto"
-    """auto: newest complete one; never: start afresh; URL[@tokens] of a run's folder: that one, by hand."""
+    """auto: newest sound one; URL[@tokens] of a run's folder: that one, once; never: afresh, also after a failure."""
     verify: str = "hashes"
     """On load: hashes (read and hash every file, overlapped with the copy) or sizes (one listing)."""
     may_change: tuple[str, ...] = ()
