@@ -91,12 +91,13 @@ def _case(stages: str, optimizer: str, clip: str, dtype: str, accumulate: int = 
 
 FP32 = [(s, o, c) for s in STAGES for o in ("sgd", "adamw") for c in CLIPS] + [("mix3211", "momentum", "clip")]
 HOPE = [("mix3211", "sgd"), ("zero3", "adamw")]
-BF16 = [(s, o, "clip") for s in STAGES for o in ("sgd", "adamw")]
+BF16 = [(s, o, "clip") for s in STAGES if s != "mix1231" for o in ("sgd", "adamw")]
+FOUR = [("zero1", "sgd"), ("zero2", "sgd"), ("zero3", "sgd"), ("mix3211", "adamw")]
 CASES = {
     2: {f"parity-{s}-{o}-{c}-fp32": _case(s, o, c, "fp32") for s, o, c in FP32}
     | {f"parity-{s}-{o}-{c}-bf16": _case(s, o, c, "bf16") for s, o, c in BF16}
     | {f"hope-{s}-{o}": _case(s, o, "clip", "fp32", make=hope_tiny) for s, o in HOPE},
-    4: {f"parity-{s}-{o}-clip-fp32": _case(s, o, "clip", "fp32", 4) for s in STAGES for o in ("sgd", "adamw")},
+    4: {f"parity-{s}-{o}-clip-fp32": _case(s, o, "clip", "fp32", 4) for s, o in FOUR},
     1: {f"parity-{s}-sgd-clip-fp32": _case(s, "sgd", "clip", "fp32") for s in ("zero1", "zero2", "zero3")},
 }
 
@@ -116,8 +117,7 @@ def test_two_ranks_equal_dense_training_over_64_micro_steps(case, stages, optimi
     assert result["error"] <= (ADAMW_BOUND if optimizer == "adamw" else SGD_BOUND)
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("stages", STAGES)
+@pytest.mark.parametrize(("stages", "optimizer"), FOUR)
 def test_four_ranks_with_accumulation_equal_dense_training(case, stages, optimizer):
     result = case(4, f"parity-{stages}-{optimizer}-clip-fp32")
     assert result["due_base"] == 16
