@@ -186,11 +186,7 @@ class BlockStep:
     def read_only(self, start: Weights, q: Tensor) -> Tensor:
         """Outputs of memories that never write, for any number of tokens."""
         snap = self.whole(start)
-        parts = dict(zip(self.rule.full_names, zip(self.split(snap.w2, 1), self._w1(snap), strict=False), strict=False))
-        if "q" in parts:
-            q = self.output(torch.bmm(q, parts["q"][0].mT), parts["q"][1], q)
-        q = l2norm(q)
-        return self.output(torch.bmm(q, parts["mem"][0].mT), parts["mem"][1], q)
+        return self._made(snap, "mem", l2norm(self._made(snap, "q", q)))
 
     def _w1(self, snap: Weights) -> Any:
         return snap.w1.unbind(1) if self.mlp else [None] * self.num_full
@@ -260,22 +256,29 @@ class BlockStep:
         gradient = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
         return gradient * slope if self.mlp else gradient
 
+    def _made(self, snap: Weights, name: str, x: Tensor) -> Tensor:
+        """M_name(x), or x where that memory does not exist."""
+        if name not in self.rule.full_names:
+            return x
+        index = self.rule.full_names.index(name)
+        return self.output(torch.bmm(x, self.split(snap.w2, 1)[index].mT), self._w1(snap)[index], x)
+
+    def generated(self, snap: Weights, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """k, v [N, c, d] and the logits of eta and alpha [N, c, 2] made by the snapshot (Eq. 83)."""
+        k, v = l2norm(self._made(snap, "k", x["k"])), self._made(snap, "v", x["v"])
+        gates = self.split(snap.w2, 1)[-1] if self.num_gates else None
+        return k, l2norm(v) if self.rule.normalize_v else v, self.gates(gates, snap.g1, x["gate"])
+
     def __call__(
         self, start: Weights, run: Weights, velocity: Weights | None, x: dict[str, Tensor], valid: Tensor | None
     ) -> tuple[Tensor, Weights, Weights | None]:
         """One block: x holds [N, c, d] inputs; returns outputs [N, c, d], the running weights and the velocity."""
         rule, speed = self.rule, velocity or Weights(None, None, None)  # type: ignore[arg-type]
         snap = self.whole(start)
-        w2 = dict(zip((*rule.full_names, "gates"), self.split(snap.w2, 1), strict=False))
-        w1 = dict(zip(rule.full_names, self._w1(snap), strict=True))
-
-        # Eq. 83 with the snapshot's weights.
-        def made(name: str) -> Tensor:
-            return self.output(torch.bmm(x[name], w2[name].mT), w1[name], x[name]) if name in w2 else x[name]
-
-        k, v, q = l2norm(made("k")), made("v"), l2norm(made("q"))
-        v = l2norm(v) if rule.normalize_v else v
-        decay = block_decay(rule, self.gates(w2.get("gates"), snap.g1, x["gate"]), x.get("beta_logit"), valid)
+        k, v, logits = self.generated(snap, x)
+        mem2, mem1 = self.split(snap.w2, 1)[self.num_full - 1], self._w1(snap)[-1]
+        q = l2norm(self._made(snap, "q", x["q"]))
+        decay = block_decay(rule, logits, x.get("beta_logit"), valid)
 
         # Eq. 84-88: gradients at the snapshot, then all writes of the block at once.
         at_k = pre_k = torch.bmm(k, snap.w2.mT)
@@ -306,7 +309,7 @@ class BlockStep:
                     new_speed = new_speed._replace(g1=wrote_gate.velocity.squeeze(2))
         new_velocity = None if velocity is None else new_speed
         if rule.read == "frozen":
-            return self.output(torch.bmm(q, w2["mem"].mT), w1["mem"], q), new, new_velocity
+            return self.output(torch.bmm(q, mem2.mT), mem1, q), new, new_velocity
 
         # The live read: W_t q_t is what the block began with plus a masked product with its own writes.
         def mem(stacked: Any, dim: int) -> Any:

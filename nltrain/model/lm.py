@@ -85,6 +85,17 @@ class LanguageModel(nn.Module):
         return self.embedding(hidden, targets_BT)
 
     @torch.no_grad()
+    def diagnostics(self, tokens_BT: Tensor) -> list[dict[str, Tensor]]:
+        """Per block with memories and per chunk: eta, alpha, |v|/|k| and |dW|/|W|; see `kernels.diagnostics`."""
+        packing = Packing(tuple(tokens_BT.shape), None, None, tokens_BT.device)  # type: ignore[arg-type]
+        x, figures = self.embedding(tokens_BT), []
+        for block in self.blocks:
+            if isinstance(block.mixer, MemoryMixer):
+                figures.append(block.mixer.diagnostics(block.norm(x), packing))
+            x, _ = block(x, packing, None)
+        return figures
+
+    @torch.no_grad()
     def generate(
         self,
         tokens_BT: Tensor,

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from kernels import Inputs, MemoryState
 from kernels.chunk import self_modify
+from kernels.diagnostics import chunk_diagnostics
 from nltrain.model.config import ModelConfig
 from nltrain.model.packing import Packing
 from nltrain.model.parts import CausalConv, HeadNorm, MemoryHolder
@@ -68,18 +69,24 @@ class MemoryMixer(nn.Module):
         self.compile_backend: str | None = None
         self.norm = HeadNorm(config.num_heads, config.head_dim, config.norm_eps)
 
-    def forward(self, u: Tensor, packing: Packing, state: MemoryMixerState | None) -> tuple[Tensor, MemoryMixerState]:
-        paths, history = self.short_conv(u, packing, state.history if state else None)
+    def _inputs(self, u: Tensor, packing: Packing, history: Tensor | None) -> tuple[Inputs, Tensor]:
+        paths, history = self.short_conv(u, packing, history)
 
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.config.num_heads, self.config.head_dim))
 
         q = heads(self.q(paths[0]))
-        if self.rule.writes:
-            beta = self.beta(u) if self.beta is not None else None
-            inputs = Inputs(heads(self.k(paths[1])), heads(self.v(paths[2])), q, heads(u), beta)
-        else:
-            inputs = Inputs(q, q, q, q)
+        if not self.rule.writes:
+            return Inputs(q, q, q, q), history
+        beta = self.beta(u) if self.beta is not None else None
+        return Inputs(heads(self.k(paths[1])), heads(self.v(paths[2])), q, heads(u), beta), history
+
+    def diagnostics(self, u: Tensor, packing: Packing) -> dict[str, Tensor]:
+        """`kernels.diagnostics.chunk_diagnostics` of this block for pre-normed u [B, T, D]."""
+        return chunk_diagnostics(self._inputs(u, packing, None)[0], MemoryHolder.pack(self.memories()), self.rule)
+
+    def forward(self, u: Tensor, packing: Packing, state: MemoryMixerState | None) -> tuple[Tensor, MemoryMixerState]:
+        inputs, history = self._inputs(u, packing, state.history if state else None)
         o, memory = self_modify(
             inputs,
             MemoryHolder.pack(self.memories()),
