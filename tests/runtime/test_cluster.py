@@ -62,7 +62,7 @@ def story(drill):
 
     total = stopped["tokens"] // QUANTUM + 300
     job = drill.submit("story", total, **often)
-    resumed = job.wait_for_attempt(180, workers=3)
+    resumed = job.wait_for_attempt(180, attempt=stopped["attempt"] + 1)
     job.wait_for_tokens(resumed["tokens"] + 4 * QUANTUM, 60)
     job.kill_rank(1, signal.SIGSTOP)
     hung = job.wait_for_attempt(150, attempt=resumed["attempt"] + 1)

@@ -16,7 +16,7 @@ import torch.multiprocessing
 from nltrain.config import ConfigError, override
 from nltrain.data import PrepareConfig, open_store, prepare, stdlib_corpus, train_tokenizer
 from nltrain.loop import train
-from nltrain.run import claim_folder
+from nltrain.record import claim_folder
 from nltrain.runtime.drill import QUANTUM, SEQ_LEN, SMALL, VOCAB_SIZE
 from nltrain.runtime.local import free_ports
 from nltrain.track.metrics import read_rows
