@@ -327,6 +327,8 @@ class BlockStep:
         self, decay: Decay, s: Tensor, error: Tensor, run: Tensor, velocity: Any
     ) -> tuple[Written, Tensor]:
         """Writes W1 [N, F, d, h] with hidden activations s [N, F, c, h]; returns the keys it used."""
+        if self.rule.normalized_step:
+            error = error / (1 + s.square().sum(-1, keepdim=True))
         if not self.rule.layerwise_dgd or not self.rule.lambda_d:
             return write(self.rule, decay, s, error, run, velocity, None), s
         unit = l2norm(s)

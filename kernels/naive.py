@@ -56,6 +56,8 @@ class Memory:
         a = _apply(self.w2, k)
         s = activation(self.rule, a)
         delta = _apply(self.w1.transpose(-1, -2), error) * activation_slope(self.rule, a)
+        if self.rule.normalized_step:
+            error = error / (1 + s.square().sum(-1, keepdim=True))
         return _outer(delta, k), _outer(error, s), s
 
 

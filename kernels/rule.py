@@ -62,6 +62,8 @@ class MemoryRule:
     """Titans' momentum S = beta S - eta G with a data-dependent beta."""
     writes: bool = True
     """False: no memory ever writes and the main memory is read as it was learned (a control for experiments)."""
+    normalized_step: bool = False
+    """Divides the step of W1 by 1 + |act(W2 k)|^2 (normalised least mean squares); allows a larger eta. mlp only."""
     layerwise_dgd: bool = False
     """Also erases on the input side of W1, along act(W2 k) / |act(W2 k)|. mlp only."""
 
@@ -85,6 +87,8 @@ class MemoryRule:
         object.__setattr__(self, "adaptive", ordered)
         if self.layerwise_dgd and self.memory != "mlp":
             raise MemoryRuleError("MemoryRule.layerwise_dgd = True: needs memory = 'mlp', a matrix has one layer")
+        if self.normalized_step and self.memory != "mlp":
+            raise MemoryRuleError("MemoryRule.normalized_step = True: needs memory = 'mlp', a matrix has one layer")
         if self.eta_max is not None and not self.eta_max > 0:
             raise MemoryRuleError(f"MemoryRule.eta_max = {self.eta_max}: give a number above 0, or None")
         if self.lambda_d < 0 or self.lambda_d * self.eta_limit > 2 + 1e-9:

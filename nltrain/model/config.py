@@ -54,6 +54,9 @@ class ModelConfig:
     """Added to the mean square inside RMSNorm."""
     w1_std: float = 0.02
     """Standard deviation of the initial output side of the memories."""
+    w2_scale: float = 1.0
+    """Initial input side of two-layer memories: N(0, w2_scale^2 / d). Larger keeps keys further apart, at less stable
+    writes."""
     eta_init: float | None = None
     """Initial inner learning rate. None: min(0.1, eta_max / 2)."""
     alpha_init: float = 0.99

@@ -60,8 +60,8 @@ class MemoryMixer(nn.Module):
         self.q, self.k, self.v, self.gate, self.out = (nn.Linear(width, width, bias=False) for _ in range(5))
         self.beta = nn.Linear(width, config.num_heads) if self.rule.momentum else None
         self.memories = MemoryHolder(
-            self.rule, config.num_heads, config.head_dim, config.memory_hidden, config.w1_std, config.eta_init,
-            config.alpha_init,
+            self.rule, config.num_heads, config.head_dim, config.memory_hidden, config.w1_std, config.w2_scale,
+            config.eta_init, config.alpha_init,
         )  # fmt: skip
         blocks_per_chunk = -(-self.rule.chunk_min // self.rule.block_tokens)
         self.truncate_blocks = config.truncate_chunks and config.truncate_chunks * blocks_per_chunk

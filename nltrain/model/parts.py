@@ -77,8 +77,8 @@ class MemoryHolder(nn.Module):
     """
 
     def __init__(
-        self, rule: MemoryRule, num_heads: int, head_dim: int, hidden: int, w1_std: float, eta_init: float | None,
-        alpha_init: float,
+        self, rule: MemoryRule, num_heads: int, head_dim: int, hidden: int, w1_std: float, w2_scale: float,
+        eta_init: float | None, alpha_init: float,
     ) -> None:  # fmt: skip
         super().__init__()
         self.rule = rule
@@ -87,7 +87,7 @@ class MemoryHolder(nn.Module):
             out = head_dim if name in rule.full_names else 1
             rows = hidden if mlp else out
             self.register_parameter(f"{name}_w2", nn.Parameter(torch.empty(num_heads, rows, head_dim)))
-            nn.init.normal_(getattr(self, f"{name}_w2"), std=head_dim**-0.5 if mlp else w1_std)
+            nn.init.normal_(getattr(self, f"{name}_w2"), std=w2_scale * head_dim**-0.5 if mlp else w1_std)
             if mlp:
                 self.register_parameter(f"{name}_w1", nn.Parameter(torch.empty(num_heads, out, hidden)))
                 nn.init.normal_(getattr(self, f"{name}_w1"), std=w1_std)

@@ -26,6 +26,8 @@ OPTIONS: dict[str, dict] = {
     "matrix": {"memory": "matrix"},
     "no_residual": {"residual": False},
     "layerwise_dgd": {"layerwise_dgd": True},
+    "normalized_step": {"normalized_step": True},
+    "layerwise_normalized_step": {"layerwise_dgd": True, "normalized_step": True},
     "dot": {"objective": "dot"},
     "normalized_target": {"normalize_target": True},
     "unbounded_v": {"normalize_v": False, "eta_max": 0.02},
