@@ -8,6 +8,7 @@ Base period 0.5M tokens; the continuum memory's levels update every 1M, 4M and 1
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,7 +24,8 @@ from nltrain.runtime.launch import main
 QUANTUM = 2**19  # tokens: 128 sequences of 4,096
 TOTAL_TOKENS = 30_000_000_000
 
-model = preset("hope", "760m")
+# Without recomputing, the chunk loop would keep 100 GiB of activations per sequence.
+model = replace(preset("hope", "760m"), recompute="chunks")
 patterns = model.level_patterns()
 
 

@@ -82,6 +82,12 @@ class RunConfig:
             raise ConfigError(
                 f"train.total_tokens={self.train.total_tokens}: less than one quantum of {quantum} tokens; raise it"
             )
+        schedule = self.levels.schedule
+        if schedule.kind != "constant" and schedule.total_tokens != self.train.total_tokens:
+            raise ConfigError(
+                f"levels.schedule.total_tokens={schedule.total_tokens}: must equal train.total_tokens="
+                f"{self.train.total_tokens}, or the {schedule.kind} schedule ends elsewhere than the run; set both"
+            )
         if self.checkpoint.every_tokens % quantum:
             raise ConfigError(
                 f"checkpoint.every_tokens={self.checkpoint.every_tokens}: not a whole number of quanta of "
@@ -101,6 +107,15 @@ class RunConfig:
     @property
     def num_quanta(self) -> int:
         return self.train.total_tokens // self.quantum_tokens
+
+
+def check_vocabulary(config: RunConfig, vocab_size: int) -> None:
+    """Refuse a dataset with tokens that the model has no embedding for: on a GPU that ends in an unreadable assert."""
+    if vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size={config.model.vocab_size}: the dataset at data.prefix={config.data.prefix} has "
+            f"{vocab_size} tokens; prepare it with vocab_size={config.model.vocab_size}, or raise the model's"
+        )
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from nltrain.config import RunConfig
+from nltrain.levels.clock import TokenClock, staggered_phases
 from nltrain.levels.config import LevelConfig
 from nltrain.levels.plan import LevelPart, plan_levels
 from nltrain.levels.quantum import cut_quantum
@@ -49,17 +50,18 @@ def moments_per_parameter(level: LevelConfig) -> int:
 
 
 def level_bytes(part: LevelPart, dtype_bytes: int, world_size: int, measured: bool) -> LevelBytes:
-    """What one rank holds of a level between two micro-steps, and its gradients at the end of a backward."""
+    """What one rank's device holds of a level between two ticks, and its gradients at the end of a backward."""
     n, level = part.num_parameters, part.config
     shard = -(-n // world_size)
     trained = 0 if level.frozen else 1
+    awake = 0 if level.offload else 1  # asleep in host memory between two ticks
     return LevelBytes(
         weights=dtype_bytes * (shard if level.zero_stage == 3 else n),
         gradients=trained * dtype_bytes * n,
         accumulator=trained * FP32_BYTES * (n if level.zero_stage == 1 else shard),
-        masters=FP32_BYTES * shard,
-        moments=FP32_BYTES * moments_per_parameter(level) * shard,
-        start=FP32_BYTES * shard * trained * measured,
+        masters=awake * FP32_BYTES * shard,
+        moments=awake * FP32_BYTES * moments_per_parameter(level) * shard,
+        start=awake * FP32_BYTES * shard * trained * measured,
     )
 
 
@@ -77,10 +79,13 @@ def dry_run(config: RunConfig) -> str:
     lines = [f"model: {total:,} parameters, {world_size} ranks ({config.cluster.device}), {config.levels.dtype}", ""]
     titles = (("parameters", 15), ("period", 14), ("updates", 10), ("ZeRO", 6), ("lr", 10), ("decay", 8), ("clip", 6))
     lines.append(f"{'level':<10}" + "".join(f"{title:>{width}}" for title, width in titles))
-    for part in parts:
+    levels = [part.config for part in parts]
+    phases = staggered_phases(
+        [level.period_tokens for level in levels], [level.phase_tokens for level in levels], config.quantum_tokens
+    )
+    for part, phase in zip(parts, phases, strict=True):
         level = part.config
-        phase = level.phase_tokens or 0
-        updates = (tokens + phase) // level.period_tokens - phase // level.period_tokens
+        updates = 0 if level.frozen else TokenClock(level.period_tokens, phase).ticks(tokens)
         clip = "-" if level.clip_norm is None else f"{level.clip_norm:g}"
         lines.append(
             f"{level.name:<10}{part.num_parameters:>15,}{level.period_tokens:>14,}{updates:>10,}  "

@@ -23,7 +23,8 @@ class Validation:
 
     def __init__(self, config: RunConfig, rank: int, world_size: int, device: torch.device) -> None:
         self._device = device
-        data = dataclasses.replace(config.data, split="validation", weights=())
+        # The same sequences whatever the order of training: losses of two seeds can be compared.
+        data = dataclasses.replace(config.data, split="validation", weights=(), seed=0, window_shards=16)
         plan = open_plan(data)
         available = sum(dataset.num_sequences for dataset in plan.datasets)
         num_sequences = min(config.train.validation_sequences, available)

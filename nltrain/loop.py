@@ -24,8 +24,8 @@ def train(config: RunConfig, supervision: Supervision | None = None) -> dict[str
             for batch in run.micro_batches(quantum):
                 run.levels.start_micro_step()
                 loss_sum = run.model.loss(batch.tokens, batch.targets, batch.document_starts)
-                run.meter.add(loss_sum, batch.num_targets)
-                run.levels.backward(loss_sum, batch.num_targets)
+                run.meter.forward_ended()
+                run.meter.add(*run.levels.backward(loss_sum, batch.num_targets))
             ticks = run.levels.finish_quantum()
             run.log(ticks)
             if run.validation_is_due():

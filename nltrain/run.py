@@ -8,11 +8,9 @@ import json
 import math
 import os
 import socket
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -23,19 +21,15 @@ from nltrain.checkpoint.load import Loaded
 from nltrain.checkpoint.manifest import checkpoint_name
 from nltrain.checkpoint.ranks import Ranks
 from nltrain.checkpoint.rng import capture_rng, restore_rng
-from nltrain.config import ConfigError, RunConfig, to_dict
-from nltrain.data import Batch, MissingObjectError, StoreError, TokenStream, open_plan, open_store
+from nltrain.config import RunConfig, check_vocabulary, to_dict
+from nltrain.data import Batch, TokenStream, open_plan, open_store
 from nltrain.evaluate import Validation, sample_text, weights_sha256
 from nltrain.fragment import Fragment
 from nltrain.levels.quantum import cut_quantum
 from nltrain.levels.scheduler import LevelScheduler, Tick
 from nltrain.model import build
-from nltrain.track.events import read_events, reason_of
-from nltrain.track.goodput import goodput
-from nltrain.track.metrics import MetricsLog, read_rows
-from nltrain.track.progress import Meter, Speed, duration, memory_bytes, progress_line
-from nltrain.track.report import write_report
-from nltrain.track.status import StatusBoard, read_history
+from nltrain.record import Record
+from nltrain.track.progress import Meter, Speed, duration, progress_line
 from nltrain.track.supervision import (
     FINISHING,
     LEFT_AS,
@@ -48,14 +42,15 @@ from nltrain.track.supervision import (
     Unsupervised,
     Wish,
 )
-from nltrain.track.wandb_view import open_view
 
 # Fields that may differ between a checkpoint and the run that resumes it: they decide where and how fast, not what.
 MAY_CHANGE = (
+    "name",
     "output",
     "track",
     "cluster",
     "checkpoint",
+    "model.recompute",
     "train.micro_batch_size",
     "train.validate_every_tokens",
     "train.validation_sequences",
@@ -72,6 +67,8 @@ MAY_CHANGE = (
     "data.timeout_s",
     "levels.levels.*.zero_stage",
     "levels.levels.*.offload",
+    "levels.bucket_elements",
+    "levels.prefetch_elements",
 )
 
 
@@ -83,11 +80,11 @@ class Run:
         self._supervision = supervision or Unsupervised(time.time())
         self._supervision.beat(STARTING, 0)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.folder = Path(config.output)
         self.device = torch.device(config.cluster.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.plan = open_plan(config.data)
+        check_vocabulary(config, self.plan.vocab_size)
         self._store = open_store(config.checkpoint.url)
         self.checkpoints = Checkpointer(self._store, config.name, attempt=None, config=config.checkpoint)
         self.attempt = self.checkpoints.attempt
@@ -107,9 +104,7 @@ class Run:
         self._ticked: Counter[str] = Counter()
         self._wish = Wish.GO_ON
         self._quanta_done = 0
-        self._metrics: MetricsLog | None = None
-        self._status: StatusBoard | None = None
-        self._view = open_view(config.track, self.rank, config.name, self._wandb_id, str(self.folder), to_dict(config))
+        self.record = Record(config, self.rank, self._store)
 
     def __enter__(self) -> Self:
         return self
@@ -117,11 +112,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._stream:
             self._stream.close()
-        self._view.close(exit_code=0 if kind is None else 1)
-        if self._metrics:
-            self._metrics.close()
-        if self._status:
-            self._status.close()
+        self.record.close(exit_code=0 if kind is None else 1)
         self.levels.close()
 
     # ---- beats of the loop, in order ---------------------------------------------------------------------------------
@@ -156,40 +147,30 @@ class Run:
     def log(self, ticks: list[Tick]) -> None:
         """A metrics row per tick; every `track.log_every_quanta` a row and a line for the steps since the last one."""
         for tick in ticks:
-            self._row("tick", level=tick.name, period_tokens=self.levels.clocks[tick.name].period, **_plain(tick))
+            values = {name: value for name, value in vars(tick).items() if name not in ("name", "tokens")}
+            self._row("tick", level=tick.name, period_tokens=self.levels.clocks[tick.name].period, **values)
             self._ticked[tick.name + ("(skipped)" if tick.skipped else "")] += 1
-        every = self.config.track.log_every_quanta
-        step = self.tokens // self.config.quantum_tokens
-        if step % every and step != self.config.num_quanta:
+        config, step = self.config, self.tokens // self.config.quantum_tokens
+        if step % config.track.log_every_quanta and step != config.num_quanta:
             return
-        loss, seconds, slowest_rank, slowest_over_median = self.meter.take()
+        interval = self.meter.take(self._take_wait_s())
         tokens, self._logged_at = self.tokens - self._logged_at, self.tokens
         ticked, self._ticked = self._ticked, Counter()
-        wait_s = self._take_wait_s()
-        memory = memory_bytes(self.device)
-        if self.rank != 0:
-            return
-        speed = self._speed.update(tokens, seconds)
+        speed = self._speed.update(tokens, interval.seconds)
         self._row(
             "step",
             step=step,
-            total_tokens=self.config.num_quanta * self.config.quantum_tokens,
-            loss=loss if math.isfinite(loss) else None,
+            total_tokens=config.num_quanta * config.quantum_tokens,
             step_tokens=tokens,
-            seconds=round(seconds, 4),
-            tokens_per_s=round(tokens / max(seconds, 1e-9), 1),
-            data_wait_s=round(wait_s, 5),
-            slowest_rank=slowest_rank,
-            slowest_over_median=round(slowest_over_median, 3),
-            memory_bytes=memory,
-            level_updates=self._level_updates(),
+            tokens_per_s=round(tokens / max(interval.seconds, 1e-9), 1),
+            level_updates=self.levels.counts,
+            **interval._asdict(),
         )
-        eta_s = (self.config.num_quanta - step) * self.config.quantum_tokens / speed
+        eta_s = (config.num_quanta - step) * config.quantum_tokens / speed
         names = " ".join(name if count == 1 else f"{count}x{name}" for name, count in ticked.items())
-        share = wait_s / max(seconds, 1e-9)
-        line = progress_line(step, self.config.num_quanta, self.tokens, loss, speed, share, memory, eta_s, names)
-        print(line, flush=True)
-        self._show("training", loss=loss if math.isfinite(loss) else None, tokens_per_s=round(speed, 1))
+        self.record.say(progress_line(step, config.num_quanta, self.tokens, interval, speed, eta_s, names))
+        loss = interval.loss if math.isfinite(interval.loss) else None
+        self._show("training", loss=loss, tokens_per_s=round(speed, 1))
 
     def validation_is_due(self) -> bool:
         every, quantum = self.config.train.validate_every_tokens, self.config.quantum_tokens
@@ -202,43 +183,43 @@ class Run:
         """Loss and perplexity on the held-out sequences, beside what counting alone achieves."""
         started_s = time.monotonic()
         self._beat(VALIDATING)
-        if self._validation is None:
-            self._validation = Validation(self.config, self.rank, self.world_size, self.device)
-        result = self._validation.run(self.model)
+        with self.meter.paused():
+            if self._validation is None:
+                self._validation = Validation(self.config, self.rank, self.world_size, self.device)
+            result = self._validation.run(self.model)
         self._row("validation", **result, seconds=round(time.monotonic() - started_s, 3))
-        if self.rank == 0:
-            beside = "".join(
-                f", {name} {result[key]:.4f}"
-                for name, key in (("unigram", "unigram_entropy"), ("bigram", "bigram_entropy"))
-                if result[key] is not None
-            )
-            print(
-                f"validation at {self.tokens:,} tokens: loss {result['loss']:.4f} nats per token, perplexity "
-                f"{result['perplexity']:.2f}{beside} ({result['targets']:,} targets)",
-                flush=True,
-            )
-        self.meter.restart_clock()
+        beside = "".join(
+            f", {name} {result[key]:.4f}"
+            for name, key in (("unigram", "unigram_entropy"), ("bigram", "bigram_entropy"))
+            if result[key] is not None
+        )
+        self.record.say(
+            f"validation at {self.tokens:,} tokens: loss {result['loss']:.4f} nats per token, perplexity "
+            f"{result['perplexity']:.2f}{beside} ({result['targets']:,} targets)"
+        )
 
     def checkpoint_is_due(self) -> bool:
         return self.checkpoints.due(self.tokens - self.config.quantum_tokens, self.tokens)
 
-    def save(self) -> None:
-        """Start a checkpoint of this moment; training waits for the copy to host memory only."""
+    def save(self) -> bool:
+        """Start a checkpoint of this moment; training waits for the copy to host memory only. False: skipped."""
         self._beat(SAVING)
-        state = {
-            "config": to_dict(self.config),
-            "dataset_fingerprint": "-".join(dataset.fingerprint for dataset in self.plan.datasets),
-            "data": self.plan.state(self.tokens // self.config.data.seq_len),
-            "levels": self.levels.state_dict(),
-            "wandb_id": self._wandb_id,
-            "attempt": self.attempt,
-        }
-        own = {"rng": capture_rng(), "levels": self.levels.rank_state()}
-        weights = {name: (f"{name}.master", shape) for name, shape in self._shapes.items()}
-        self.checkpoints.save(self.tokens, self.levels.fragments(), state, own, weights)
-        self._saved_at, self._checkpoint = self.tokens, checkpoint_name(self.tokens, self.attempt)
-        self._log_saves()
-        self.meter.restart_clock()
+        with self.meter.paused():
+            state = {
+                "config": to_dict(self.config),
+                "dataset_fingerprint": "-".join(dataset.fingerprint for dataset in self.plan.datasets),
+                "data": self.plan.state(self.tokens // self.config.data.seq_len),
+                "levels": self.levels.state_dict(),
+                "wandb_id": self.record.wandb_id,
+                "attempt": self.attempt,
+            }
+            own = {"rng": capture_rng(), "levels": self.levels.rank_state()}
+            weights = {name: (f"{name}.master", shape) for name, shape in self._shapes.items()}
+            started = self.checkpoints.save(self.tokens, self.levels.fragments(), state, own, weights)
+            self._log_saves()
+        if started:
+            self._saved_at, self._checkpoint = self.tokens, checkpoint_name(self.tokens, self.attempt)
+        return started
 
     def must_leave(self) -> bool:
         """Whether any rank was told to leave: preemption, a resize, the user's stop. Collective, off the device."""
@@ -248,41 +229,34 @@ class Run:
     def leave(self) -> dict[str, Any]:
         """Save this moment and go, before the run is complete. Returns what `left` says why."""
         left = LEFT_AS[self._wish]
-        if self._saved_at != self.tokens:
-            self.save()
-        self._beat(SAVING)
-        self.checkpoints.wait()
-        self._log_saves()
-        self._tell_goodput()
-        self._row("end", reason=left, level_updates=self._level_updates())
+        self._save_for_good()
+        self.record.goodput(self.tokens)
+        self._row("end", reason=left, level_updates=self.levels.counts)
+        self.record.publish()
         self._show(left, force=True)
-        if self.rank == 0:
-            print(f"{left}: checkpoint at {self.tokens:,} tokens is committed", flush=True)
+        self.record.say(f"{left}: checkpoint at {self.tokens:,} tokens is committed")
         return {"left": left, "tokens": self.tokens, "checkpoint": self._checkpoint}
 
     def finish(self) -> dict[str, Any]:
         """The last checkpoint, the sample and the summary. Returns the summary on rank 0, the counts elsewhere."""
-        if self._saved_at != self.tokens:
-            self.save()
+        self._save_for_good()
         self._beat(FINISHING)
-        self.checkpoints.wait()
-        self._log_saves()
         digest = weights_sha256(self.levels)
         if self.config.train.sample_tokens:
             text = sample_text(self.model, self.plan.datasets[0], self.config.train, self.device)
             self._row("sample", text=text)
-            if self.rank == 0:
-                print(f"sample:\n{text}", flush=True)
-        self._tell_goodput()
-        self._row("end", reason="finished", level_updates=self._level_updates(), weights_sha256=digest)
-        if self.rank != 0:
-            return {"level_updates": self._level_updates(), "checkpoint": self._checkpoint}
-        summary = write_report(self.folder)
+            self.record.say(f"sample:\n{text}")
+        self.record.goodput(self.tokens)
+        self._row("end", reason="finished", level_updates=self.levels.counts, weights_sha256=digest)
+        self.record.publish()
+        summary = self.record.report()
         self._show("finished", force=True, summary=summary)
-        print(
-            f"finished: {summary['tokens']:,} tokens in {duration(summary['seconds'])}, "
-            f"loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}; {self.folder / 'summary.json'}",
-            flush=True,
+        if summary is None:
+            return {"level_updates": self.levels.counts, "checkpoint": self._checkpoint}
+        first, last = (f"{x:.4f}" if x is not None else "-" for x in (summary["loss_first"], summary["loss_last"]))
+        self.record.say(
+            f"finished: {summary['tokens']:,} tokens in {duration(summary['seconds'])}, loss {first} -> {last}; "
+            f"{self.record.folder / 'summary.json'}"
         )
         return summary | {"checkpoint": self._checkpoint}
 
@@ -292,21 +266,6 @@ class Run:
     def tokens(self) -> int:
         """T: global tokens consumed."""
         return self.levels.tokens
-
-    @property
-    def _wandb_id(self) -> str:
-        return self.config.name.replace("/", "-")
-
-    def _level_updates(self) -> dict[str, dict[str, int]]:
-        """Updates made and left out, beside what the clock alone says was due by T."""
-
-        def due(name: str) -> int:
-            return 0 if self.levels.engines[name].config.frozen else self.levels.clocks[name].ticks(self.tokens)
-
-        return {
-            name: {"done": count["done"], "skipped": count["skipped"], "due": due(name)}
-            for name, count in self.levels.counts.items()
-        }
 
     def _cut(self) -> list[list[range]]:
         num_sequences = self.config.quantum_tokens // self.config.data.seq_len
@@ -340,109 +299,53 @@ class Run:
 
     def _announce(self, loaded: Loaded | None) -> None:
         """Note this attempt: who takes part, where it starts, and what an earlier one had done beyond that point."""
-        if self.rank == 0:
-            claim_folder(self.folder, self.config.name, self.config.checkpoint.url)
-        ranks = self.folder / "ranks"
+        ranks = self.record.folder / "ranks"
         ranks.mkdir(parents=True, exist_ok=True)
         who = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "attempt": self.attempt}
         partial = ranks / f".rank_{self.rank:04d}"
         partial.write_text(json.dumps(who | {"time_s": time.time()}))
         partial.replace(ranks / f"rank_{self.rank:04d}.json")
-        dist.barrier()
-        if self.rank != 0:
-            return
-        before = [row["tokens"] for row in read_rows(self.folder) if row["kind"] == "step"]
-        history = read_history(self._store, self.config.name, MissingObjectError) if self.attempt > 1 else {}
-        lost = max(0, max(before, default=0) - self.tokens, history.get("max_tokens", 0) - self.tokens)
-        reason = self._why_again(history)
-        self._metrics = MetricsLog(self.folder, self.attempt)
-        self._status = StatusBoard(self.folder, self._store, self.config.name)
-        self._status.restore(history)
-        self._status.begin(
-            attempt=self.attempt,
-            workers=self.world_size,
-            from_tokens=self.tokens,
-            tokens_lost=lost,
-            reason=reason,
-            time_s=time.time(),
+        lost, reason = self.record.begin(
+            self.attempt, self.world_size, self.tokens, loaded.name if loaded else None, self._supervision.started_s
         )
         self._show("starting", force=True)
-        self._row(
-            "attempt",
-            workers=self.world_size,
-            resumed_from=loaded.name if loaded else None,
-            tokens_lost=lost,
-            reason=reason,
-            started_s=round(self._supervision.started_s, 3),
-            python=sys.version.split()[0],
-            torch=torch.__version__,
-        )
         if loaded:
-            print(
+            self.record.say(
                 f"attempt {self.attempt}: resumed from checkpoint {loaded.name} at {self.tokens:,} tokens with "
-                f"{self.world_size} workers; {lost:,} tokens are trained again ({reason})",
-                flush=True,
+                f"{self.world_size} workers; {lost:,} tokens are trained again ({reason})"
             )
         else:
-            print(f"attempt {self.attempt}: a new run with {self.world_size} workers", flush=True)
+            self.record.say(f"attempt {self.attempt}: a new run with {self.world_size} workers")
         for row in self.levels.describe():
-            print(
+            self.record.say(
                 f"level {row['name']}: {row['num_parameters']:,} parameters, every {row['period_tokens']:,} tokens "
                 f"(phase {row['phase_tokens']:,}), {row['optimizer']} lr {row['lr']:g}, ZeRO-{row['zero_stage']} "
-                f"({row['mode']})",
-                flush=True,
+                f"({row['mode']})"
             )
 
-    def _why_again(self, history: dict[str, Any]) -> str:
-        """Why there is another attempt: what the controller or a watchdog noted since the last one began."""
-        if self.attempt == 1:
-            return ""
-        since_s = max((attempt["time_s"] for attempt in history.get("attempts", [])), default=0.0)
-        try:
-            return reason_of(read_events(self._store, self.config.name, since_s)) or "submitted again"
-        except StoreError as error:
-            return f"reason not known ({error})"
-
-    def _tell_goodput(self) -> None:
-        """Where the time went so far, as a row of its own."""
-        if self.rank == 0:
-            report = goodput(read_rows(self.folder))
-            self._row("goodput", **{name: value for name, value in report.items() if isinstance(value, float)})
+    def _save_for_good(self) -> None:
+        """A committed checkpoint of this very moment, whatever the policy says of a busy writer."""
+        while self._saved_at != self.tokens and not self.save():
+            time.sleep(0.2)  # the one in flight is on its way
+        self._beat(SAVING)
+        self.checkpoints.wait()
+        self._log_saves()
 
     def _beat(self, phase: str) -> None:
         self._supervision.beat(phase, self.tokens)
 
     def _show(self, state: str, force: bool = False, **values: Any) -> None:
         """Bring `status.json` up to date."""
-        if not self._status:
-            return
         levels: dict[str, Any] = {
-            name: count | {"next_tick_tokens": self._next_tick(name), "period_tokens": self.levels.clocks[name].period}
-            for name, count in self._level_updates().items()
+            name: count | {"next_tick_tokens": self.levels.next_tick(name), "period_tokens": clock.period}
+            for (name, count), clock in zip(self.levels.counts.items(), self.levels.clocks.values(), strict=True)
         }
-        self._status.update(
-            force,
-            state=state,
-            tokens=self.tokens,
-            total_tokens=self.config.num_quanta * self.config.quantum_tokens,
-            attempt=self.attempt,
-            workers=self.world_size,
-            checkpoint_url=self.config.checkpoint.url,
-            output=self.config.output,
-            levels=levels,
-            **values,
+        self.record.show(
+            state, self.tokens, force, attempt=self.attempt, workers=self.world_size, levels=levels, **values
         )
 
-    def _next_tick(self, name: str) -> int | None:
-        """T of the level's next update; None where it has none."""
-        if self.levels.engines[name].config.frozen:
-            return None
-        clock, quantum = self.levels.clocks[name], self.config.quantum_tokens
-        return -(-((clock.ticks(self.tokens) + 1) * clock.period - clock.phase) // quantum) * quantum
-
     def _row(self, kind: str, **values: Any) -> None:
-        if self._metrics:
-            self._view.log(self._metrics.log(kind, self.tokens, **values))
+        self.record.row(kind, self.tokens, **values)
 
     def _take_wait_s(self) -> float:
         assert self._stream is not None
@@ -454,18 +357,4 @@ class Run:
             values = result._asdict() | {"saved_tokens": result.tokens}
             del values["tokens"]
             self._row("checkpoint" if not result.error else "checkpoint_failed", **values)
-
-
-def claim_folder(folder: Path, name: str, checkpoint_url: str) -> None:
-    """Make `folder` that of run `name`: rows of two runs would be told apart by nothing. Raises ConfigError."""
-    owner = folder / "run.json"
-    if owner.exists() and (other := json.loads(owner.read_text())["name"]) != name:
-        raise ConfigError(f"output={folder}: holds the run {other!r}; give {name!r} a folder of its own")
-    folder.mkdir(parents=True, exist_ok=True)
-    owner.write_text(json.dumps({"name": name, "checkpoint_url": checkpoint_url}))
-
-
-def _plain(tick: Tick) -> dict[str, Any]:
-    """A tick's numbers for JSON, which has no NaN."""
-    values = {name: value for name, value in vars(tick).items() if name not in ("name", "tokens")}
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self.record.publish()

@@ -229,7 +229,7 @@ class Checkpointer:
             return None
         store, run, tokens = self.store, self.run, None
         by_hand = None if self.config.resume == "auto" else self.config.resume
-        found = self._list(store, run)
+        found = [info for info in self._list(store, run) if info.attempt > self.config.ignore_attempts_up_to]
         if by_hand and not self._went_on_from(by_hand, found):
             store, run, tokens = split_resume_url(by_hand)
             found = self._list(store, run)

@@ -18,7 +18,9 @@ class CheckpointConfig:
     keep_every_tokens: int = 0
     """Keep for ever the first checkpoint at or after each multiple of this many tokens. 0: none."""
     resume: str = "auto"
-    """auto: newest sound one; URL[@tokens] of a run's folder: that one, once; never: afresh, also after a failure."""
+    """auto: newest sound one; URL[@tokens] of a run's folder: that one, once; never: this submission starts afresh."""
+    ignore_attempts_up_to: int = 0
+    """auto passes over checkpoints of these attempts; a job that is submitted with resume=never sets it."""
     verify: str = "hashes"
     """On load: hashes (read and hash every file, overlapped with the copy) or sizes (one listing)."""
     may_change: tuple[str, ...] = ()

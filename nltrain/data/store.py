@@ -384,9 +384,9 @@ def _session() -> Any:
     environment = tuple((name, os.environ[name]) for name in names)
     if environment not in _sessions:
         core = botocore.session.Session()
-        # Outside EC2 the metadata address swallows packets: one short try, not minutes.
+        # Outside EC2 the metadata address swallows packets: short tries, not minutes; on it one answer may be slow.
         core.set_config_variable("metadata_service_timeout", 1)
-        core.set_config_variable("metadata_service_num_attempts", 1)
+        core.set_config_variable("metadata_service_num_attempts", 5)
         _sessions[environment] = boto3.session.Session(botocore_session=core)
     return _sessions[environment]
 
@@ -434,6 +434,8 @@ def _is_transient(error: Exception) -> bool:
         exceptions.ConnectionError,
         exceptions.IncompleteReadError,
         exceptions.FlexibleChecksumError,
+        exceptions.CredentialRetrievalError,
+        exceptions.MetadataRetrievalError,
     )
     # ResponseParserError: an XML answer cut in the middle.
     return isinstance(error, (*kinds, ResponseParserError, HTTPError, ShortBodyError, ConnectionError, TimeoutError))

@@ -38,6 +38,10 @@ class TokenClock:
             return 0
         return -(-(count * self.period - self.phase) // quantum) * quantum
 
+    def next_tick(self, tokens: int, quantum: int) -> int:
+        """T of the first tick after `tokens`."""
+        return -(-((self.ticks(tokens) + 1) * self.period - self.phase) // quantum) * quantum
+
     def window(self, tokens: int, quantum: int) -> int:
         """Tokens consumed since the last tick."""
         return tokens - self.last_tick(tokens, quantum)

@@ -274,7 +274,7 @@ class LevelEngine:
         if cap is not None and ratio > cap:
             for master, old in zip(self.masters, before, strict=True):
                 master.data.copy_(torch.lerp(old, master.data, cap / ratio))
-            self.refresh_forward_weights()
+            self._write_forward_weights()
             _, _, drift, start = self._norms(before)
             ratio = cap
         return ratio, drift / start if start else math.nan
@@ -346,6 +346,10 @@ class LevelEngine:
     def refresh_forward_weights(self) -> None:
         """Makes the model compute with the masters as they are now."""
         self.wake()
+        self._write_forward_weights()
+        self.sleep()
+
+    def _write_forward_weights(self) -> None:
         with self.ledger.row(self.name, STATE):
             if self.stage < 3:
                 self._zero.update_lp_params()
@@ -354,7 +358,6 @@ class LevelEngine:
                 for index, master in enumerate(self.masters):
                     self._zero.fp16_partitioned_groups_flat[index].data.copy_(master.data)
                     self._zero._unflatten_partitioned_parameters(index)
-        self.sleep()
 
     @torch.no_grad()
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -68,10 +68,6 @@ class _LevelState:
     skipped_in_a_row: int = 0
     bytes_at_tick: float = 0.0
 
-    @property
-    def due(self) -> int:
-        return self.done + self.skipped
-
 
 class LevelScheduler:
     """All levels of one model. Construct on every rank after torch.distributed is initialised; `close` when done."""
@@ -210,9 +206,19 @@ class LevelScheduler:
     def counts(self) -> dict[str, dict[str, int]]:
         """{level: {done, skipped, due}}; done + skipped == due."""
         return {
-            name: {"done": state.done, "skipped": state.skipped, "due": state.due}
+            name: {"done": state.done, "skipped": state.skipped, "due": self._ticks_due(name)}
             for name, state in self._levels.items()
         }
+
+    def _ticks_due(self, name: str) -> int:
+        """What the clock alone says was due by T; independent of what was counted."""
+        return 0 if self.engines[name].config.frozen else self.clocks[name].ticks(self.tokens)
+
+    def next_tick(self, name: str) -> int | None:
+        """T of the level's next update; None for a frozen one."""
+        return (
+            None if self.engines[name].config.frozen else self.clocks[name].next_tick(self.tokens, self.config.quantum)
+        )
 
     @property
     def skipped_micro_steps(self) -> int:

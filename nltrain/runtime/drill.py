@@ -48,6 +48,7 @@ SMALL = {
     "levels.fold_every_tokens": CHECKPOINT_TOKENS,
     "checkpoint.every_tokens": CHECKPOINT_TOKENS,
     "train.micro_batch_size": 4,
+    "track.log_every_quanta": 1,
     "train.validate_every_tokens": 0,
     "train.validation_sequences": 4,
     "train.sample_tokens": 4,

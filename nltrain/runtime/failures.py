@@ -56,7 +56,8 @@ class RankError(Exception):
     @property
     def collateral(self) -> bool:
         """Whether this is what a rank says when another one has gone."""
-        return bool(_COLLATERAL.search(self.message))
+        own = self.type_name in FATAL | TRANSIENT or self.type_name.endswith(("DataError", "CheckpointError"))
+        return not own and bool(_COLLATERAL.search(self.message))
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from nltrain.config import RunConfig, describe, override, to_dict
+from nltrain.checkpoint.catalog import attempts
+from nltrain.config import RunConfig, check_vocabulary, describe, override, to_dict
 from nltrain.data import DataError, StoreError, join_url, open_plan, open_store
 from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
 
@@ -66,6 +68,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
     print(describe(config), flush=True)
     _check_address(address)
     _check_places(config)
+    config = _afresh(config)
     cluster = config.cluster
     for name, value in _ray_settings(cluster).items():
         os.environ.setdefault(name, value)
@@ -178,8 +181,16 @@ def _check_address(address: str) -> None:
 
 def _check_places(config: RunConfig) -> None:
     """Data and checkpoints can be reached: better told here, in one line, than by every rank."""
-    open_plan(config.data)
+    check_vocabulary(config, open_plan(config.data).vocab_size)
     open_store(config.checkpoint.url).list(f"{config.name}/attempts/")
+
+
+def _afresh(config: RunConfig) -> RunConfig:
+    """resume=never means this submission: a group that restarts within it goes on from what it has saved itself."""
+    if config.checkpoint.resume != "never":
+        return config
+    newest = max(attempts(open_store(config.checkpoint.url), config.name), default=0)
+    return replace(config, checkpoint=replace(config.checkpoint, resume="auto", ignore_attempts_up_to=newest))
 
 
 def _connect(ray: Any, address: str) -> None:

@@ -6,19 +6,9 @@ that noticed need not be the one that keeps the metrics. Keys: `<run>/events/<un
 
 import json
 import time
-from typing import Any, Protocol
+from typing import Any
 
-from nltrain.track.metrics import Row
-
-
-class EventStore(Protocol):
-    """The part of a store that events need."""
-
-    def get(self, key: str) -> bytes: ...
-
-    def put(self, key: str, data: bytes) -> None: ...
-
-    def list(self, prefix: str = "") -> Any: ...
+from nltrain.track.metrics import EventStore, Row
 
 
 def put_event(store: EventStore, run: str, kind: str, who: str, **values: Any) -> None:

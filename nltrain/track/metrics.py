@@ -6,13 +6,24 @@ had already trained; `effective` drops those superseded rows, so that sums and p
 """
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 Row = dict[str, Any]
 FOLDER = "metrics"
+
+
+class EventStore(Protocol):
+    """The part of a store that rows and events need."""
+
+    def get(self, key: str) -> bytes: ...
+
+    def put(self, key: str, data: bytes) -> None: ...
+
+    def list(self, prefix: str = "") -> Any: ...
 
 
 class MetricsLog:
@@ -27,12 +38,29 @@ class MetricsLog:
 
     def log(self, kind: str, tokens: int, **values: Any) -> Row:
         row = {"kind": kind, "attempt": self._attempt, "tokens": tokens, "time_s": round(time.time(), 3)} | values
-        self._file.write(json.dumps(row) + "\n")
+        # JSON has no NaN: strict readers would refuse the file.
+        row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+        self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         return row
 
     def close(self) -> None:
         self._file.close()
+
+
+def publish(store: EventStore, run: str, path: Path) -> None:
+    """Copy an attempt's rows to `<run>/metrics/` in the store."""
+    store.put(f"{run}/{FOLDER}/{path.name}", path.read_bytes())
+
+
+def fetch_missing(store: EventStore, run: str, run_folder: str | Path) -> None:
+    """Bring the rows of attempts that other machines wrote down; a file that is here already is the newer one."""
+    folder = Path(run_folder) / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    for found in store.list(f"{run}/{FOLDER}/"):
+        path = folder / found.key.rsplit("/", 1)[-1]
+        if not path.exists():
+            path.write_bytes(store.get(found.key))
 
 
 def log_fault(run_folder: str | Path, **values: Any) -> None:

@@ -1,8 +1,11 @@
 """The progress line and the counters behind it. Losses stay on the device until a line is due."""
 
+import contextlib
+import math
 import resource
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -12,18 +15,22 @@ import torch.distributed as dist
 class Interval(NamedTuple):
     """What happened between two log rows, over all ranks."""
 
-    loss: float  # nats per token
+    loss: float  # nats per token over the micro-steps that counted; nan where none did
+    left_out: int  # micro-steps that the guard left out
     seconds: float
+    data_wait_s: float  # of the rank that waited longest
     slowest_rank: int
     slowest_over_median: float  # forward time of the slowest rank over the median rank's
+    memory_bytes: int  # of the rank that needs most
 
 
 class Meter:
-    """Sums losses, targets and this rank's forward time between two log rows; the only host sync is in `take`."""
+    """Counts micro-steps and this rank's times between two log rows; the only host sync is in `take`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._sums = torch.zeros(2, dtype=torch.float64, device=device)  # [sum of losses in nats, targets]
+        # [sum of losses in nats, targets, micro-steps left out]; global sums, the guard has agreed on them
+        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
         self._started_s = time.monotonic()
         self._forward_s = 0.0
         self._begun: Any = None
@@ -33,39 +40,56 @@ class Meter:
         """A forward pass begins. Forward passes wait for no other rank (but for gathers at ZeRO-3)."""
         self._begun = self._now()
 
-    def add(self, loss_sum: torch.Tensor, num_targets: int) -> None:
-        """A forward pass has ended; call it before the backward, which waits for the other ranks."""
-        if self._begun is not None:
-            if self._device.type == "cuda":
-                self._events.append((self._begun, self._now()))
-            else:
-                self._forward_s += self._now() - self._begun
-        self._sums[0] += loss_sum.detach()
-        self._sums[1] += num_targets
+    def forward_ended(self) -> None:
+        """Call it before the backward, which waits for the other ranks."""
+        if self._device.type == "cuda":
+            self._events.append((self._begun, self._now()))
+        else:
+            self._forward_s += self._now() - self._begun
 
-    def take(self) -> Interval:
-        """The interval since the last take, over all ranks; resets. Collective."""
+    def add(self, loss_sum: torch.Tensor, num_targets: torch.Tensor, admitted: torch.Tensor) -> None:
+        """One micro-step as the guard saw it: sums over all ranks, and whether it counts."""
+        counted = torch.stack([loss_sum, num_targets, torch.zeros_like(loss_sum)])
+        left_out = torch.zeros_like(counted)
+        left_out[2] = 1.0
+        self._sums += torch.where(admitted, counted, left_out)
+
+    def take(self, data_wait_s: float) -> Interval:
+        """The interval since the last take; `data_wait_s` is what this rank waited for data in it. Collective."""
         for begun, ended in self._events:
             ended.synchronize()
             self._forward_s += begun.elapsed_time(ended) / 1000
         self._events.clear()
         rank, size = dist.get_rank(), dist.get_world_size()
-        shared = torch.zeros(2 + size, dtype=torch.float64, device=self._device)
-        shared[:2] = self._sums
-        shared[2 + rank] = self._forward_s
-        dist.all_reduce(shared)
-        loss_sum, targets, *forward_s = shared.tolist()
+        ranks = torch.zeros(3, size, dtype=torch.float64, device=self._device)
+        ranks[:, rank] = torch.tensor([self._forward_s, data_wait_s, memory_bytes(self._device)], device=self._device)
+        dist.all_reduce(ranks)
+        forward_s, waits_s, memories = ranks.tolist()
+        loss_sum, targets, left_out = self._sums.tolist()
         self._sums.zero_()
         self._forward_s = 0.0
         now_s = time.monotonic()
         seconds, self._started_s = now_s - self._started_s, now_s
         median = sorted(forward_s)[(size - 1) // 2]
         slowest = max(range(size), key=lambda other: forward_s[other])
-        return Interval(loss_sum / max(targets, 1.0), seconds, slowest, forward_s[slowest] / max(median, 1e-9))
+        return Interval(
+            loss=loss_sum / targets if targets else math.nan,
+            left_out=int(left_out),
+            seconds=seconds,
+            data_wait_s=max(waits_s),
+            slowest_rank=slowest,
+            slowest_over_median=forward_s[slowest] / max(median, 1e-9),
+            memory_bytes=int(max(memories)),
+        )
 
-    def restart_clock(self) -> None:
-        """Forget the time since the last row: it went into validation or a checkpoint, not into steps."""
-        self._started_s = time.monotonic()
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside, in validation or a checkpoint, is not the steps'."""
+        began_s = time.monotonic()
+        try:
+            yield
+        finally:
+            self._started_s += time.monotonic() - began_s
 
     def _now(self) -> Any:
         if self._device.type != "cuda":
@@ -103,19 +127,13 @@ def duration(seconds: float) -> str:
 
 
 def progress_line(
-    step: int,
-    num_steps: int,
-    tokens: int,
-    loss: float,
-    tokens_per_s: float,
-    data_wait_share: float,
-    memory: int,
-    eta_s: float,
-    ticked: str,
+    step: int, num_steps: int, tokens: int, interval: Interval, tokens_per_s: float, eta_s: float, ticked: str
 ) -> str:
     """One log step for people; `ticked` names the levels that updated."""
+    share = interval.data_wait_s / max(interval.seconds, 1e-9)
+    left_out = f"{interval.left_out} micro-steps left out | " if interval.left_out else ""
     return (
-        f"step {step:>{len(str(num_steps))}}/{num_steps} | {tokens:,} tokens | loss {loss:.4f} | "
-        f"{tokens_per_s:,.0f} tok/s | data wait {100 * data_wait_share:.1f} % | memory {memory / 2**30:.2f} GiB | "
+        f"step {step:>{len(str(num_steps))}}/{num_steps} | {tokens:,} tokens | loss {interval.loss:.4f} | {left_out}"
+        f"{tokens_per_s:,.0f} tok/s | data wait {100 * share:.1f} % | memory {interval.memory_bytes / 2**30:.2f} GiB | "
         f"ETA {duration(eta_s)} | {ticked}"
     )

@@ -40,7 +40,8 @@ class WandbView:
             config=resolved,
             mode="online" if online else "offline",
             resume="allow" if online else None,
-            settings=wandb.Settings(silent=True, console="off"),
+            # W&B may lose the end of a run; it must not hold one up.
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=15),
         )
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")

@@ -34,7 +34,13 @@ def test_every_field_of_a_shipped_config_can_be_overridden_by_its_own_value(job)
 def test_numbers_tuples_and_names_are_read_as_a_person_writes_them():
     config = override(
         config_of("jobs.hope_tiny"),
-        ["train.total_tokens=1e6", "levels.levels.slow.lr=1e-4", "levels.levels.slow.betas=0.8,0.9", "train.seed=7"],
+        [
+            "train.total_tokens=1e6",
+            "levels.schedule.total_tokens=1e6",
+            "levels.levels.slow.lr=1e-4",
+            "levels.levels.slow.betas=0.8,0.9",
+            "train.seed=7",
+        ],
     )
     assert config.train.total_tokens == 1_000_000
     assert config.levels.levels[3].lr == 1e-4
@@ -56,6 +62,7 @@ def test_numbers_tuples_and_names_are_read_as_a_person_writes_them():
         (["train.total_tokens=100"], ("train.total_tokens=100", "2048")),
         (["checkpoint.every_tokens=3000", "levels.fold_every_tokens=3000"], ("checkpoint.every_tokens=3000", "2048")),
         (["levels.fold_every_tokens=4096"], ("levels.fold_every_tokens=4096", "checkpoint.every_tokens")),
+        (["train.total_tokens=1e6"], ("levels.schedule.total_tokens=1228800", "train.total_tokens=1000000")),
         (["data.seq_len=300"], ("2048", "300")),
         (["model.width=100"], ("head_dim", "100")),
     ],

@@ -190,6 +190,7 @@ def test_an_unknown_command_names_those_there_are(capsys):
 
 
 def test_plan_shows_a_job_without_a_cluster(capsys):
-    assert main(["plan", "jobs/hope_tiny.py", "train.total_tokens=40960"]) == 0
-    assert "train.total_tokens = 40960" in capsys.readouterr().out
+    lengths = ["train.total_tokens=409600", "levels.schedule.total_tokens=409600"]
+    assert main(["plan", "jobs/hope_tiny.py", *lengths]) == 0
+    assert "train.total_tokens = 409600" in capsys.readouterr().out
     assert main(["plan", "jobs/none.py"]) == 1

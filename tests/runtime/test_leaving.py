@@ -15,7 +15,9 @@ import torch.multiprocessing
 
 from nltrain.config import ConfigError, override
 from nltrain.data import PrepareConfig, open_store, prepare, stdlib_corpus, train_tokenizer
+from nltrain.levels.quantum import cut_quantum
 from nltrain.loop import train
+from nltrain.model import LanguageModel
 from nltrain.record import claim_folder
 from nltrain.runtime.drill import QUANTUM, SEQ_LEN, SMALL, VOCAB_SIZE
 from nltrain.runtime.local import free_ports
@@ -43,19 +45,37 @@ class Told:
         return self._wish if self.seen >= self._tokens else Wish.GO_ON
 
 
-def config(folder, name):
+def config(folder, name, **more):
     job = runpy.run_path(str(ROOT / "jobs" / "hope_tiny.py"))["config"]
-    values = SMALL | {
-        "name": name,
-        "output": folder / name,
-        "data.prefix": folder / "corpus",
-        "data.cache_dir": folder / "cache",
-        "checkpoint.url": folder / "runs",
-        "train.total_tokens": QUANTA * QUANTUM,
-        "levels.schedule.total_tokens": QUANTA * QUANTUM,
-        "cluster.max_workers": WORLD_SIZE,
-    }
+    values = (
+        SMALL
+        | {
+            "name": name,
+            "output": folder / name,
+            "data.prefix": folder / "corpus",
+            "data.cache_dir": folder / "cache",
+            "checkpoint.url": folder / "runs",
+            "train.total_tokens": QUANTA * QUANTUM,
+            "levels.schedule.total_tokens": QUANTA * QUANTUM,
+            "cluster.max_workers": WORLD_SIZE,
+        }
+        | {key.replace("__", "."): value for key, value in more.items()}
+    )
     return override(job, [f"{key}={value}" for key, value in values.items()])
+
+
+def nan_in_the_last_quantum(loss):
+    """A planted fault: the loss of every micro-step beyond the last quantum but one is not a number."""
+    calls = 0
+
+    def faulty(self, *batch):
+        nonlocal calls
+        calls += self.training
+        value = loss(self, *batch)
+        micro_steps = len(cut_quantum(QUANTUM // SEQ_LEN, 4, WORLD_SIZE))
+        return value * float("nan") if self.training and calls > (QUANTA - 1) * micro_steps else value
+
+    return faulty
 
 
 def ranks(rank, folder, port):
@@ -67,13 +87,26 @@ def ranks(rank, folder, port):
     found["left"] = train(config(folder, "broken"), told)
     found["resumed"] = train(config(folder, "broken"))
     found["phases"] = sorted(set(told.phases))
+    # The machine that takes over has none of the files of the first.
+    train(config(folder, "moved"), Told(Wish.STOP, LEAVE_AFTER * QUANTUM))
+    found["moved"] = train(config(folder, "moved", output=folder / "another-machine"))
+    found["moved_again"] = train(config(folder, "moved", output=folder / "a-third-machine"))
+    found["skipping"] = train(
+        config(folder, "skipping", checkpoint__when_busy="skip"), Told(Wish.STOP, LEAVE_AFTER * QUANTUM)
+    )
+    found["fork"] = train(config(folder, "fork", checkpoint__resume=f"{folder}/runs/broken"))
+    honest, LanguageModel.loss = LanguageModel.loss, nan_in_the_last_quantum(LanguageModel.loss)
+    found["nan_at_the_end"] = train(config(folder, "nan_at_the_end"))
+    LanguageModel.loss = honest
 
     meter = Meter(torch.device("cpu"))
     for _ in range(3):
         meter.start()
         time.sleep(0.12 if rank == 1 else 0.02)
-        meter.add(torch.tensor(6.0), 2)
-    found["interval"] = meter.take()
+        meter.forward_ended()
+        meter.add(*(torch.tensor(x, dtype=torch.float64) for x in (6.0, 2.0)), torch.tensor(True))
+    meter.add(*(torch.tensor(x, dtype=torch.float64) for x in (99.0, 2.0)), torch.tensor(False))
+    found["interval"] = meter.take(data_wait_s=0.5 * rank)._asdict()
 
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
     dist.barrier()
@@ -125,10 +158,53 @@ def test_rows_tell_why_and_where_the_time_went(found):
 def test_the_slow_rank_is_named_and_the_loss_is_that_of_all(found):
     _, each = found
     for rank in each:
-        loss, _, slowest, ratio = rank["interval"]
-        assert loss == 3.0
-        assert slowest == 1
-        assert ratio > 2
+        interval = rank["interval"]
+        assert interval["loss"] == 3.0
+        assert interval["left_out"] == 1
+        assert interval["slowest_rank"] == 1
+        assert interval["slowest_over_median"] > 2
+        assert interval["data_wait_s"] == 0.5
+
+
+def test_a_machine_that_takes_over_knows_the_whole_run(found):
+    folder, each = found
+    moved = each[0]["moved"]
+    assert moved["weights_sha256"] == each[0]["straight"]["weights_sha256"]
+    assert (moved["resumes"], moved["tokens_repeated"]) == (1, 0)
+    assert moved["loss_first"] == each[0]["straight"]["loss_first"]
+    steps = [row["tokens"] for row in read_rows(folder / "another-machine") if row["kind"] == "step"]
+    assert steps == [QUANTUM * (n + 1) for n in range(QUANTA)]
+
+
+def test_a_finished_run_submitted_again_elsewhere_still_has_its_summary(found):
+    _, each = found
+    assert each[0]["moved_again"]["weights_sha256"] == each[0]["straight"]["weights_sha256"]
+    assert each[0]["moved_again"]["tokens"] == QUANTA * QUANTUM
+
+
+def test_leaving_saves_even_where_a_busy_writer_lets_saves_be_skipped(found):
+    folder, each = found
+    left = each[0]["skipping"]
+    assert f"tokens_{left['tokens']:012d}" in left["checkpoint"]
+    assert (folder / "runs" / "skipping" / "checkpoints" / left["checkpoint"] / "manifest.json").exists()
+
+
+def test_another_run_goes_on_from_a_checkpoint_picked_by_hand(found):
+    _, each = found
+    assert each[0]["fork"]["level_updates"]["base"]["done"] == QUANTA
+
+
+def test_a_nan_at_the_very_end_leaves_no_level_touched_and_the_run_finishes(found):
+    folder, each = found
+    summary = each[0]["nan_at_the_end"]
+    assert summary["finished"]
+    assert summary["loss_last"] is None
+    base = summary["level_updates"]["base"]
+    assert (base["done"], base["skipped"], base["due"]) == (QUANTA - 1, 1, QUANTA)
+    (last,) = [
+        r for r in read_rows(folder / "nan_at_the_end") if r["kind"] == "step" and r["tokens"] == QUANTA * QUANTUM
+    ]
+    assert last["left_out"] >= 1
 
 
 def test_a_folder_belongs_to_one_run(found):
