@@ -12,9 +12,11 @@ from tests.levels.toys import SEQ_LEN, Toy, gathered, levels, train
 STAGES = {"zero1": (1, 1, 1, 1), "zero2": (2, 2, 2, 2), "zero3": (3, 3, 3, 3)}
 
 
-def run(stages: str, dtype: str, optimizer: str, ranks: Ranks) -> dict:
+def run(stages: str, dtype: str, optimizer: str, cap: float | None, ranks: Ranks) -> dict:
     quantum = 2 * ranks.world_size * SEQ_LEN
-    shared = {"optimizer": optimizer, "lr": 1e-2} | ({"momentum": 0.9} if optimizer == "sgd" else {})
+    shared = {"optimizer": optimizer, "lr": 1e-2, "max_relative_change": cap} | (
+        {"momentum": 0.9} if optimizer == "sgd" else {}
+    )
     result: dict = {"weights": [], "live": [], "ticks": []}
     for offload in (False, True):
         config = levels(
@@ -31,19 +33,27 @@ def run(stages: str, dtype: str, optimizer: str, ranks: Ranks) -> dict:
     return result
 
 
-KEYS = [(s, "fp32", "adamw") for s in STAGES] + [("zero1", "bf16", "sgd"), ("zero3", "bf16", "adamw")]
-CASES = {2: {"offload-" + "-".join(key): partial(run, *key) for key in KEYS}}
+KEYS = [(s, "fp32", "adamw", None) for s in STAGES]
+KEYS += [("zero1", "bf16", "sgd", None), ("zero3", "bf16", "adamw", None)]
+KEYS += [("zero1", "fp32", "adamw", 1e-4), ("zero3", "fp32", "adamw", 1e-4)]  # so low that every tick is capped
+
+
+def name_of(key: tuple) -> str:
+    return "offload-" + "-".join(map(str, key))
+
+
+CASES = {2: {name_of(key): partial(run, *key) for key in KEYS}}
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_training_is_bit_for_bit_the_same_with_and_without_offload(case, key):
-    plain, offloaded = case(2, "offload-" + "-".join(key))["weights"]
+    plain, offloaded = case(2, name_of(key))["weights"]
     assert all(torch.equal(plain[name], offloaded[name]) for name in plain)
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_a_sleeping_level_holds_no_masters_and_no_optimizer_state_on_the_device(case, key):
-    result = case(2, "offload-" + "-".join(key))
+    result = case(2, name_of(key))
     resident, sleeping = result["live"]
     assert sleeping["mid"] == sleeping["slow"] == 0 < resident["slow"]
     assert sleeping["base"] == resident["base"] and sleeping["fast"] == resident["fast"]
