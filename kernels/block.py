@@ -169,8 +169,9 @@ class BlockStep:
         if mem is other:
             return run if mem else start
         for_mem, for_other = self.masked(mem, run, start), self.masked(other, run, start)
-        return Weights(*(None if o is None else torch.where(at, m, o)
-                         for at, m, o in zip(self.of_mem, for_mem, for_other, strict=True)))  # fmt: skip
+        both = zip(self.of_mem, for_mem, for_other, strict=True)
+        mixed: list[Any] = [None if o is None else torch.where(at, m, o) for at, m, o in both]
+        return Weights(*mixed)
 
     def whole(self, weights: Weights) -> Weights:
         """The weights themselves, given what the state holds of them."""

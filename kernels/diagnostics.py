@@ -14,6 +14,11 @@ from kernels.rule import MemoryRule
 from kernels.state import Initial, Inputs, MemoryState
 
 
+def _length(weights: list[Tensor], batch_dims: int) -> Tensor:
+    """Norm of several matrices together, per sequence and head."""
+    return torch.stack([w.square().flatten(batch_dims).sum(batch_dims) for w in weights]).sum(0).sqrt()
+
+
 @torch.no_grad()
 def chunk_diagnostics(inputs: Inputs, initial: Initial, rule: MemoryRule) -> dict[str, Tensor]:
     """Figures per chunk of the longer schedule, each [chunks]; shapes as in `chunk.self_modify`, one document per row.
@@ -27,7 +32,7 @@ def chunk_diagnostics(inputs: Inputs, initial: Initial, rule: MemoryRule) -> dic
     step = BlockStep(rule, initial, inputs.k.shape[0], dtype)
     rows: dict[str, list[Tensor]] = {}
     state: MemoryState | None = None
-    size = sum(w.to(dtype).square().flatten(1).sum(1) for w in initial.weights if w is not None).sqrt()
+    size = _length([w.to(dtype) for w in initial.weights if w is not None], 1)
     for begin in range(0, inputs.k.shape[1], length):
         part = Inputs(*(None if x is None else x[:, begin : begin + length] for x in inputs))  # type: ignore[arg-type]
         snap = step.base if state is None else step.whole(state.run.map(lambda w: w.to(dtype).flatten(0, 1)))
@@ -42,7 +47,7 @@ def chunk_diagnostics(inputs: Inputs, initial: Initial, rule: MemoryRule) -> dic
         moved = state.run
         if rule.decay == "literal":
             moved = moved.zip(initial.weights, lambda w, b: w - b)
-        change = sum(w.square().flatten(2).sum(2) for w in moved if w is not None).sqrt() / size
+        change = _length([w for w in moved if w is not None], 2) / size
         figures = {
             "eta_mean": eta.mean(),
             "eta_max": eta.max(),

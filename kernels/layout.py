@@ -6,6 +6,7 @@ Building a layout with document starts reads them on the host once: build it onc
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def build_layout(rule: MemoryRule, num_tokens: int, position: Tensor, document_s
     cuts = in_chunk % rule.block_tokens == 0
     cuts[:, 0] = True
     ends = where[:, -1] + 1
-    common = {
+    common: dict[str, Any] = {
         "ends_mem": _row_mask(ends % rule.chunk_mem == 0, device),
         "ends_other": _row_mask(ends % rule.chunk_other == 0, device),
         "position": ends.to(device),

@@ -6,6 +6,8 @@ constant. A document start resets the row's memories, and chunks are counted fro
 equals the same document alone.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -73,25 +75,25 @@ def _rows(mask_B: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(mask_B.reshape(-1, *(1,) * (old.dim() - 1)), new, old)
 
 
-def _unpack(rule: MemoryRule, packed: Weights, head_dim: int, hidden: int) -> dict[str, list[Tensor | None]]:
-    out: dict[str, list[Tensor | None]] = {}
+def _unpack(rule: MemoryRule, packed: Weights, head_dim: int, hidden: int) -> dict[str, list[Any]]:
+    out: dict[str, list[Any]] = {}
     for name in rule.full_names + rule.gate_names:
         w2 = packed.w2[..., rule.rows(name, head_dim, hidden), :]
         w1 = None
         if rule.memory == "mlp" and name in rule.full_names:
-            w1 = packed.w1[..., rule.full_names.index(name), :, :]  # type: ignore[index]
+            w1 = packed.w1[..., rule.full_names.index(name), :, :]
         elif rule.memory == "mlp":
-            w1 = packed.g1[..., rule.gate_names.index(name), None, :]  # type: ignore[index]
+            w1 = packed.g1[..., rule.gate_names.index(name), None, :]
         out[name] = [w2, w1]
     return out
 
 
-def _pack(rule: MemoryRule, weights: dict[str, list[Tensor | None]]) -> Weights:
-    w2 = torch.cat([weights[name][0] for name in rule.full_names + rule.gate_names], -2)  # type: ignore[misc]
+def _pack(rule: MemoryRule, weights: dict[str, list[Any]]) -> Weights:
+    w2 = torch.cat([weights[name][0] for name in rule.full_names + rule.gate_names], -2)
     if rule.memory == "matrix":
         return Weights(w2, None, None)
-    w1 = torch.stack([weights[name][1] for name in rule.full_names], -3)  # type: ignore[misc]
-    g1 = torch.cat([weights[name][1] for name in rule.gate_names], -2) if rule.gate_names else None  # type: ignore[misc]
+    w1 = torch.stack([weights[name][1] for name in rule.full_names], -3)
+    g1 = torch.cat([weights[name][1] for name in rule.gate_names], -2) if rule.gate_names else None
     return Weights(w2, w1, g1)
 
 
@@ -109,18 +111,20 @@ def self_modify(
     fresh = fresh_state(initial, rule, num_sequences)
     state = fresh if state is None else state
 
-    def unpack(weights: Weights) -> dict[str, list[Tensor | None]]:
+    def unpack(weights: Weights) -> dict[str, list[Any]]:
         return _unpack(rule, weights, head_dim, hidden)
 
     begin, base = unpack(fresh.run), unpack(initial.weights)
     start, run = unpack(state.start), unpack(state.run)
     velocity = unpack(state.velocity) if state.velocity is not None else None
+    beta_logit: Any = inputs.beta_logit
     position = state.position
     slow = {"eta": initial.slow[0], "alpha": initial.slow[1]}
 
-    def memory(weights: dict[str, list[Tensor | None]], name: str) -> Memory:
-        w2, w1 = (None if w is None else w + b if rule.decay == "deviation" else w  # type: ignore[operator]
-                  for w, b in zip(weights[name], base[name], strict=True))  # fmt: skip
+    def memory(weights: dict[str, list[Any]], name: str) -> Memory:
+        w2, w1 = weights[name]
+        if rule.decay == "deviation":
+            w2, w1 = (None if w is None else w + b for w, b in zip((w2, w1), base[name], strict=True))
         return Memory(rule, w2, w1, slow.get(name))  # type: ignore[arg-type]
 
     def replaced(mask_B: Tensor, new: dict, old: dict, only: tuple[str, ...] = names) -> dict:
@@ -158,7 +162,7 @@ def self_modify(
         alpha = logit["alpha"].sigmoid().unsqueeze(-1)
 
         # Eq. 84-88: own target, gradient at the snapshot, decay and erasure on the running weights.
-        written: dict[str, list[Tensor | None]] = {}
+        written: dict[str, list[Any]] = {}
         for name in names:
             target = memory(start, name)(v)
             if rule.target == "value":
@@ -166,7 +170,7 @@ def self_modify(
             if rule.normalize_target and name in rule.full_names:
                 target = l2norm(target)
             g2, g1, s = memory(start, name).gradient(k, target)
-            keys = [k, l2norm(s) if s is not None and rule.layerwise_dgd else None]
+            keys: list[Any] = [k, l2norm(s) if s is not None and rule.layerwise_dgd else None]
             written[name] = []
             for i, gradient in enumerate((g2, g1)):
                 w = run[name][i]
@@ -175,8 +179,8 @@ def self_modify(
                     continue
                 step = -eta * gradient
                 if velocity is not None:
-                    beta = inputs.beta_logit[:, t].sigmoid()[..., None, None]  # type: ignore[index]
-                    step = velocity[name][i] = beta * velocity[name][i] + step  # type: ignore[operator]
+                    beta = beta_logit[:, t].sigmoid()[..., None, None]
+                    step = velocity[name][i] = beta * velocity[name][i] + step
                 erased = alpha * w
                 if keys[i] is not None and rule.lambda_d:
                     erased = erased - rule.lambda_d * eta * _outer(_apply(w, keys[i]), keys[i])

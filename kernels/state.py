@@ -34,11 +34,13 @@ class Weights(NamedTuple):
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Weights":
         """The same with `function` applied to every tensor there is."""
-        return Weights(*(None if w is None else function(w) for w in self))
+        done: list[Any] = [None if w is None else function(w) for w in self]
+        return Weights(*done)
 
     def zip(self, other: "Weights", function: Callable[[Tensor, Tensor], Tensor]) -> "Weights":
         """The same with `function` applied to corresponding tensors."""
-        return Weights(*(None if w is None else function(w, o) for w, o in zip(self, other, strict=True)))
+        done: list[Any] = [None if w is None else function(w, o) for w, o in zip(self, other, strict=True)]
+        return Weights(*done)
 
 
 class Initial(NamedTuple):
@@ -74,11 +76,12 @@ class MemoryState(NamedTuple):
     @classmethod
     def from_tensors(cls, tensors: dict[str, Tensor]) -> "MemoryState":
         """The inverse of `to_tensors`."""
-        parts = []
+        parts: list[Any] = []
         for part in ("start", "run", "velocity"):
             found = [tensors.get(f"{part}.{name}") for name in Weights._fields]
             parts.append(None if found[0] is None else Weights(*found))  # type: ignore[arg-type]
-        return cls(*parts, position=tensors["position"])  # type: ignore[arg-type]
+        start, run, velocity = parts
+        return cls(start, run, velocity, tensors["position"])
 
 
 def fresh_state(initial: Initial, rule: MemoryRule, num_sequences: int) -> MemoryState:

@@ -62,9 +62,7 @@ class LanguageModel(nn.Module):
     def _hidden(
         self, tokens_BT: Tensor, document_starts_BT: Tensor | None, state: LanguageModelState | None
     ) -> tuple[Tensor, LanguageModelState]:
-        packing = Packing(
-            tuple(tokens_BT.shape), document_starts_BT, state.position if state else None, tokens_BT.device
-        )  # type: ignore[arg-type]
+        packing = Packing(tokens_BT, document_starts_BT, state.position if state else None)
         x = self.embedding(tokens_BT)
         states = []
         for i, block in enumerate(self.blocks):
@@ -87,9 +85,10 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def diagnostics(self, tokens_BT: Tensor) -> list[dict[str, Tensor]]:
         """Per block with memories and per chunk: eta, alpha, |v|/|k| and |dW|/|W|; see `kernels.diagnostics`."""
-        packing = Packing(tuple(tokens_BT.shape), None, None, tokens_BT.device)  # type: ignore[arg-type]
+        packing = Packing(tokens_BT, None, None)
         x, figures = self.embedding(tokens_BT), []
         for block in self.blocks:
+            assert isinstance(block, Block)
             if isinstance(block.mixer, MemoryMixer):
                 figures.append(block.mixer.diagnostics(block.norm(x), packing))
             x, _ = block(x, packing, None)

@@ -11,13 +11,14 @@ from kernels.layout import Layout, build_layout, token_positions
 
 
 class Packing:
-    """The documents of [B, T] tokens that continue rows with `position` [B] tokens of their document behind them.
+    """The documents of tokens [B, T] that continue rows with `position` [B] tokens of their document behind them.
 
     Whether any document starts inside is read on the host: one synchronisation per batch on an accelerator.
     """
 
-    def __init__(self, shape: tuple[int, int], starts: Tensor | None, position: Tensor | None, device: torch.device):
-        num_sequences, self.num_tokens = shape
+    def __init__(self, tokens: Tensor, starts: Tensor | None, position: Tensor | None) -> None:
+        num_sequences, self.num_tokens = tokens.shape
+        device = tokens.device
         self.streamed = position is not None
         self.first_position = (
             position if position is not None else torch.zeros(num_sequences, dtype=torch.long, device=device)
