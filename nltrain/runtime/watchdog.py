@@ -60,12 +60,12 @@ def watch(config: Watch, poll_s: float = 0.5) -> bool:
             continue
         silent_s += awake_s
         if silent_s > limit_s and os.getppid() == config.pid:
-            act(config, silent_s, tokens, phase.rstrip(b"\0").decode(errors="replace"))
+            act(config, silent_s, beats, tokens, phase.rstrip(b"\0").decode(errors="replace"))
             return True
     return False
 
 
-def act(config: Watch, silent_s: float, tokens: int, phase: str) -> None:
+def act(config: Watch, silent_s: float, beats: int, tokens: int, phase: str) -> None:
     """Dump the stacks to the run's folder, kill the rank, and note the event beside the run's checkpoints."""
     state = process_state(config.pid)
     stacks = dump_stacks(config)
@@ -93,6 +93,7 @@ def act(config: Watch, silent_s: float, tokens: int, phase: str) -> None:
         f"rank_{config.rank:04d}",
         rank=config.rank,
         silent_s=round(silent_s, 1),
+        beats=beats,
         tokens=tokens,
         phase=phase,
         process_state=state,

@@ -10,6 +10,9 @@ from typing import Any
 
 from nltrain.track.metrics import EventStore, Row
 
+# States of a Linux process: stopped, traced, in a system call that cannot be interrupted.
+_NOT_RUNNING = ("T", "t", "D")
+
 
 def put_event(store: EventStore, run: str, kind: str, who: str, **values: Any) -> None:
     """Keep one event. `who` tells events of the same millisecond apart: "controller", "rank_0001"."""
@@ -29,11 +32,12 @@ def read_events(store: EventStore, run: str, since_s: float = 0.0) -> list[Row]:
 def reason_of(events: list[Row]) -> str:
     """One line out of the events since the last attempt began; empty where there is none.
 
-    A hang explains the deaths that the watchdogs brought about; of several hung ranks the first fallen silent is named.
+    A hang explains the deaths that the watchdogs brought about. When one rank hangs, the others wait for it and look
+    hung too: named is one whose process does not run, else the one that came least far, else the longest silent.
     """
     hangs = [event for event in events if event["kind"] == "hang"]
     if hangs:
-        first = max(hangs, key=lambda event: event["silent_s"])
+        first = min(hangs, key=lambda e: (not e["process_state"].startswith(_NOT_RUNNING), e["beats"], -e["silent_s"]))
         return (
             f"hang: rank {first['rank']} made no progress for {first['silent_s']:.0f} s while {first['phase']} "
             f"(process {first['process_state']}); stacks in {first['stacks']}"

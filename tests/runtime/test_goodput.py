@@ -99,9 +99,9 @@ def test_a_hang_explains_the_deaths_it_leads_to_and_old_events_do_not():
     put_event(store, "r", "failure", "controller", reason="old")
     since_s = time.time() + 0.001
     time.sleep(0.005)
-    hang = {"phase": "training", "process_state": "T (stopped)", "stacks": "x.txt"}
-    put_event(store, "r", "hang", "rank_0001", rank=1, silent_s=20.0, **hang)
-    put_event(store, "r", "hang", "rank_0002", rank=2, silent_s=19.0, **hang)
+    hang = {"phase": "training", "stacks": "x.txt"}
+    put_event(store, "r", "hang", "rank_0000", rank=0, silent_s=21.0, beats=7, process_state="S (sleeping)", **hang)
+    put_event(store, "r", "hang", "rank_0001", rank=1, silent_s=20.0, beats=8, process_state="T (stopped)", **hang)
     put_event(store, "r", "failure", "controller", reason="rank 1 was lost")
     found = read_events(store, "r", since_s)
     assert len(found) == 3
