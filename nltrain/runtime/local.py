@@ -72,6 +72,8 @@ class LocalCluster:
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": str(token),
                 "RAY_USAGE_STATS_ENABLED": "0",
+                # Ray puts workers behind everything else on the machine; here they are what it is for.
+                "RAY_worker_niceness": "0",
                 "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
                 **HEALTH_CHECKS,
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
