@@ -128,10 +128,14 @@ def self_modify(
         return Memory(rule, w2, w1, slow.get(name))  # type: ignore[arg-type]
 
     def replaced(mask_B: Tensor, new: dict, old: dict, only: tuple[str, ...] = names) -> dict:
-        return {
-            n: [o if o is None else _rows(mask_B, w, o) for w, o in zip(new[n], old[n], strict=True)] if n in only
-            else old[n] for n in old
-        }  # fmt: skip
+        """`new` in the rows of the mask and for the memories in `only`, `old` elsewhere."""
+        if not bool(mask_B.any()):
+            return old
+        mixed = dict(old)
+        for name in only:
+            pairs = zip(new[name], old[name], strict=True)
+            mixed[name] = [o if o is None else _rows(mask_B, w, o) for w, o in pairs]
+        return mixed
 
     def snapshot(start: dict, run: dict, position: Tensor) -> dict:
         """start := run for the memories whose chunk begins at `position`."""

@@ -106,3 +106,12 @@ def test_eta_max_follows_the_longer_chunk() -> None:
     assert MemoryRule().eta_limit == 8 / 64
     assert MemoryRule(chunk_mem=256, chunk_other=16).eta_limit == 8 / 256
     assert replace(MemoryRule(), chunk_mem=4, chunk_other=4).eta_limit == 0.5
+
+
+def test_model_and_kernels_need_torch_alone() -> None:
+    code = (
+        "import sys, nltrain.model, nltrain.model.__main__, kernels.naive, kernels.chunk, kernels.diagnostics; "
+        "print([m for m in ('ray', 'deepspeed', 'wandb', 'boto3', 'tokenizers') if m in sys.modules])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
