@@ -149,25 +149,24 @@ def test_a_seek_costs_the_same_number_of_requests_anywhere(
 def test_faults_at_five_percent_of_requests_lose_double_and_alter_nothing(
     s3: EmbeddedS3, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    dataset = make_dataset(bucket, 1200, bytes_per_shard=1)
+    dataset = make_dataset(bucket, 600, bytes_per_shard=1)
     truth = contents(dataset)
     # Flipped bits are ours to find: S3 itself sends no checksum with a range.
     monkeypatch.setenv("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_required")
-    kinds = ("error_500", "slow_down", "reset", "stall", "truncate", "flip")
+    kinds = ("error_500", "slow_down", "reset", "stall", "truncate", "flip", "flip")
     with FaultProxy(s3.endpoint_url, probability=0.05, kinds=kinds, stall_s=3.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
         epoch, num_flips = 0, 0
-        while proxy.num_faults < 40:
+        while proxy.num_faults < 30 or num_flips == 0:
             cache = str(tmp_path / f"cache{epoch}")
             config = config_for(bucket, tmp_path, cache_dir=cache, seed=epoch, timeout_s=0.4, attempts=10)
             config = replace(config, range_read_batches=10**6 if epoch % 2 else 0)
             plan = open_plan(config)
-            with TokenStream(config, plan, sequential_ranges(1200, 8)) as stream:
+            with TokenStream(config, plan, sequential_ranges(600, 8)) as stream:
                 seen = [row for batch in stream for row in rows(batch, plan)]
-            assert len(seen) == 1200 and dict(seen) == truth
+            assert len(seen) == 600 and dict(seen) == truth
             num_flips += stream.num_damaged_transfers
             epoch += 1
-        assert num_flips > 0
 
 
 def test_a_flipped_bit_in_the_bucket_stops_with_shard_and_member(bucket: str, tmp_path: Path) -> None:
