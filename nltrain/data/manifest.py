@@ -127,4 +127,8 @@ def read_manifest(store: Store) -> Manifest:
             f"{url}: no prepared dataset there (empty prefix, or prepare did not finish): "
             "check data.prefix or run jobs/prepare_shards.py"
         ) from error
-    return Manifest.parse(data, url)
+    try:
+        return Manifest.parse(data, url)
+    except DataError:
+        # Damaged on its way, perhaps: what lies there decides.
+        return Manifest.parse(store.get(MANIFEST_KEY), url)
