@@ -62,7 +62,8 @@ def cadence_plot(rows: list[Row], path: Path) -> None:
         done = [row["tokens"] for row in mine if not row["skipped"]]
         skipped = [row["tokens"] for row in mine if row["skipped"]]
         colour = colours(0.85 * height / max(1, len(names) - 1))
-        axes.plot(done, [height] * len(done), "|", color=colour, markersize=18, markeredgewidth=1.2)
+        width = max(0.25, min(1.2, 300 / max(1, len(done))))  # single marks, also where there are hundreds
+        axes.plot(done, [height] * len(done), "|", color=colour, markersize=18, markeredgewidth=width)
         axes.plot(skipped, [height] * len(skipped), "x", color="crimson", markersize=8)
     for index, tokens in enumerate(resumes):
         axes.axvline(tokens, color="grey", linestyle=":", label=None if index else "resumed after a kill")
