@@ -24,12 +24,16 @@ from nltrain.runtime.config import STOP_WAIT_S
 from nltrain.runtime.processes import Owner
 
 START_TIMEOUT_S = 90
+# Ray gives a node 30 s to come up, which a busy machine exceeds; whoever runs a cluster starts another one then.
+JOIN_ATTEMPTS = 3
 # A dead raylet refuses connections and is given up after 5 s; one that is merely slow gets 10 s per check.
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "5000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "10000",
     "RAY_health_check_failure_threshold": "5",
+    # On a busy machine a raylet's agents take longer to start than Ray allows them.
+    "RAY_agent_register_timeout_ms": str(1000 * START_TIMEOUT_S),
 }
 
 
@@ -126,11 +130,19 @@ class LocalCluster:
 
     def add_node(self, num_cpus: int) -> "LocalNode":
         """Another raylet with `num_cpus` logical CPUs joins; returns when the cluster counts it as alive."""
-        name = f"node_{len(self.nodes) + 1}"
-        node = LocalNode(self, self._folder / name, num_cpus, self._object_store_bytes, name)
-        self.nodes.append(node)
-        node.start()
-        return node
+        for attempt in range(JOIN_ATTEMPTS):
+            name = f"node_{len(self.nodes) + 1}"
+            node = LocalNode(self, self._folder / name, num_cpus, self._object_store_bytes, name)
+            self.nodes.append(node)
+            try:
+                node.start()
+            except ClusterError:
+                node.stop()
+                if attempt == JOIN_ATTEMPTS - 1:
+                    raise
+            else:
+                return node
+        raise AssertionError("not reached")
 
     def stop(self) -> None:
         """End all nodes and everything they started; what ignores SIGTERM is killed by pid."""
@@ -200,10 +212,11 @@ class LocalNode:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 raise ClusterError(f"{self._name} ended while starting; see {self._log}")
-            if self._find_raylet():
+            # `ray start` says so once the head counts the node as alive.
+            if "Ray runtime started" in self._log.read_text(errors="replace") and self._find_raylet():
                 return
             time.sleep(0.2)
-        raise ClusterError(f"{self._name} had no raylet after {START_TIMEOUT_S} s; see {self._log}")
+        raise ClusterError(f"{self._name} had not joined after {START_TIMEOUT_S} s; see {self._log}")
 
     @property
     def alive(self) -> bool:
