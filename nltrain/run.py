@@ -7,12 +7,14 @@ validate and when to save; so a resumed run only has to restore T, the levels' s
 import json
 import math
 import os
+import random
 import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Self
 
+import numpy
 import torch
 import torch.distributed as dist
 
@@ -123,7 +125,7 @@ class Run:
         if loaded:
             self._restore(loaded)
         else:
-            torch.manual_seed(self.config.train.seed * 1_000_003 + self.rank)
+            _seed_all(self.config.train.seed * 1_000_003 + self.rank)
         self._logged_at = self.tokens
         self._announce(loaded)
         self._stream = TokenStream(self.config.data, self.plan, self._my_samples())
@@ -294,7 +296,7 @@ class Run:
         if loaded.same_world_size:
             restore_rng(loaded.rank_state["rng"])
         else:
-            torch.manual_seed((self.config.train.seed * 1_000_003 + self.rank) ^ loaded.tokens)
+            _seed_all((self.config.train.seed * 1_000_003 + self.rank) ^ loaded.tokens)
         self._saved_at, self._checkpoint = loaded.tokens, loaded.name
 
     def _announce(self, loaded: Loaded | None) -> None:
@@ -358,3 +360,10 @@ class Run:
             del values["tokens"]
             self._row("checkpoint" if not result.error else "checkpoint_failed", **values)
             self.record.publish()
+
+
+def _seed_all(seed: int) -> None:
+    """Every generator that a checkpoint keeps."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
