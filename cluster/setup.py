@@ -53,7 +53,8 @@ def fingerprint():
     """Changes when the environment has to be made anew."""
     with open(os.path.join(ROOT, "pyproject.toml"), "rb") as file:
         text = file.read()
-    return hashlib.sha256(text + sys.version.encode() + sys.executable.encode() + ROOT.encode()).hexdigest()
+    # The base interpreter: with .venv activated, python3 is the environment's own, and nothing has changed.
+    return hashlib.sha256(text + sys.version.encode() + sys.base_prefix.encode() + ROOT.encode()).hexdigest()
 
 
 def build_deepspeed_op(venv):
@@ -100,7 +101,7 @@ def main():
         print(f"{options.venv}: unfinished or out of date, made anew", flush=True)
         shutil.rmtree(options.venv)
     print(f"installing into {options.venv} (about 2 minutes, 3 GB)", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", options.venv], check=True)
+    subprocess.run([getattr(sys, "_base_executable", sys.executable), "-m", "venv", options.venv], check=True)
     python = os.path.join(options.venv, "bin", "python")
     pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     installed = subprocess.run([*pip, "-e", ROOT + "[dev]"])

@@ -59,6 +59,14 @@ def test_a_finished_environment_is_left_alone():
     assert started.returncode == 0, started.stderr
 
 
+def test_an_activated_environment_is_not_out_of_date():
+    program = f"import runpy; print(runpy.run_path({SETUP!r})['fingerprint']())"
+    base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
+    found = {subprocess.check_output([python, "-c", program], text=True) for python in (sys.executable, str(base))}
+    assert sys.prefix != sys.base_prefix, "the tests run in an environment of their own"
+    assert len(found) == 1
+
+
 def test_a_stale_build_lock_is_removed_and_a_fresh_one_waited_for(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     lock = tmp_path / "op" / "lock"
