@@ -93,7 +93,6 @@ class LevelScheduler:
             name: _LevelState(torch.zeros((), dtype=torch.float64, device=self.device)) for name in self.engines
         }
         self.guard = LossGuard(config.spike_sigma, self.device, self.ledger)
-        self._micro_steps_open = False
         self.micro_steps = 0
 
     def _broadcast(self, parts: Sequence[Any]) -> None:

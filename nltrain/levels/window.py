@@ -7,6 +7,7 @@ Both are pure torch.distributed and know no deepspeed. Groups are reduced in a f
 finishes in, so that the ranks' collectives always match.
 """
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -21,7 +22,7 @@ from nltrain.levels.ledger import FOLD, GRADIENTS, Ledger
 MAX_REDUCTIONS_IN_FLIGHT = 2  # bounds the memory of pending buffers while they overlap with backward
 
 
-class GradientWindow:
+class GradientWindow(ABC):
     """Common part: hooks, the guard's verdict, and the reduced shards, one flat fp32 tensor per group."""
 
     def __init__(
@@ -55,13 +56,15 @@ class GradientWindow:
             with torch.no_grad():
                 self._accumulate(group, index, gradient.masked_fill_(self._left_out, 0))
 
+    @abstractmethod
     def _accumulate(self, group: int, index: int, gradient: Tensor) -> None:
-        raise NotImplementedError
+        """Adds the gradient of parameter `index` of `group` to the window."""
 
+    @abstractmethod
     def finish(self) -> None:
         """After backward."""
 
-    def fold(self) -> None:
+    def fold(self) -> None:  # noqa: B027 - nothing to move where every micro-step is reduced
         """Moves unreduced sums into the shards."""
 
     def clear(self) -> None:

@@ -148,13 +148,7 @@ class LocalCluster:
         """End all nodes and everything they started; what ignores SIGTERM is killed by pid."""
         for node in self.nodes:
             node.stop()
-        if self._process and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        _end(self._process)
 
     def remove_session_files(self) -> None:
         """Drop Ray's session folder (sockets, spill, working dirs); the head's own log stays."""
@@ -228,13 +222,7 @@ class LocalNode:
         os.kill(self.raylet_pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        if self._process and self._process.poll() is None:
-            self._process.send_signal(signal.SIGTERM)
-            try:
-                self._process.wait(10)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+        _end(self._process)
 
     def _find_raylet(self) -> bool:
         """The raylet among the processes below `ray start`; its command line carries the node's id."""
@@ -247,3 +235,14 @@ class LocalNode:
                     self.node_id = words[0].partition("=")[2] if words else ""
                     return True
         return False
+
+
+def _end(process: subprocess.Popen[bytes] | None) -> None:
+    """SIGTERM, then SIGKILL when it has not ended after 10 s."""
+    if process and process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
