@@ -69,7 +69,8 @@ class ShardCache:
                     file.write(part)
             if digest.hexdigest() != sha256:
                 return False
-            os.replace(partial, self._path(sha256))
+            with self._flock("room.lock", wait=True):  # whoever counts sees it under one of its two names
+                os.replace(partial, self._path(sha256))
             return True
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -82,8 +83,9 @@ class ShardCache:
             partial.unlink(missing_ok=True)
 
     def num_bytes(self) -> int:
-        """Bytes of all complete and partial shards."""
-        return sum(size for _, size, _ in self._files())
+        """Bytes of all complete and partial shards, at one moment."""
+        with self._flock("room.lock", wait=True):
+            return sum(size for _, size, _ in self._files())
 
     def _path(self, sha256: str) -> Path:
         return self.folder / f"{sha256}{SUFFIX}"
@@ -102,13 +104,14 @@ class ShardCache:
             os.close(descriptor)  # frees the lock
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        files = {}  # by shard: one renamed while the folder is read shows up under both names
+        """(modified, bytes, path) of every shard. The caller holds the room: shards are added and renamed under it."""
+        files = []
         for path in self.folder.iterdir():
             if path.suffix in (SUFFIX, PARTIAL_SUFFIX):
-                with contextlib.suppress(FileNotFoundError):  # dropped by another process meanwhile
+                with contextlib.suppress(FileNotFoundError):  # a damaged one, dropped by another process meanwhile
                     status = path.stat()
-                    files[path.stem] = (status.st_mtime, status.st_size, path)
-        return sorted(files.values())
+                    files.append((status.st_mtime, status.st_size, path))
+        return sorted(files)
 
     def _reserve(self, partial: Path, num_bytes: int, keep: set[str]) -> None:
         """Makes room and takes it, so that shards fetched at the same time do not share it."""
