@@ -9,6 +9,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -85,16 +86,17 @@ def read_files(
 
     def read(entry: FileEntry) -> str | None:
         wanted = targets.get(entry.path, [])
+        if any(first.offset + first.num_bytes > second.offset for first, second in pairwise(wanted)):
+            return f"{entry.path} holds tensors that overlap"
         digest = hashlib.sha256()
         for start, stop in _ranges(entry, wanted, hashed):
-            whole = (start, stop) == (0, entry.num_bytes)
-            key = key_of(entry.path)
-            data = store.get(key) if whole else store.get_range(key, start, stop - start)
-            if len(data) != stop - start:
-                return f"{entry.path} gave {len(data)} bytes instead of {stop - start}"
-            if hashed:
-                digest.update(data)
-            _scatter(data, start, wanted)
+            pieces = _pieces(start, stop, wanted)
+            store.read_into(key_of(entry.path), start, [data.data for data, _ in pieces])
+            for data, room in pieces:
+                if hashed:
+                    digest.update(data.data)
+                if room is not None:
+                    room.copy_(torch.from_numpy(data))
         if hashed and digest.hexdigest() != entry.sha256:
             return f"{entry.path} has sha256 {digest.hexdigest()[:16]}..., committed was {entry.sha256[:16]}..."
         return None
@@ -123,24 +125,27 @@ def _ranges(entry: FileEntry, wanted: Sequence[Target], all_of_it: bool) -> list
     ]
 
 
-def _scatter(data: bytes, start: int, targets: Sequence[Target]) -> None:
-    """Copy what the bytes [start, start + len(data)) of a file hold for the targets (sorted by offset)."""
-    source = np.frombuffer(data, dtype=np.uint8)
-    for target in targets:
-        first, last = max(start, target.offset), min(start + len(data), target.offset + target.num_bytes)
-        if target.offset >= start + len(data):
-            break
-        if first < last:
-            position = target.position + first - target.offset
-            _write(target.tensor, position, source[first - start : last - start])
+def _pieces(start: int, stop: int, targets: Sequence[Target]) -> list[tuple[np.ndarray, Tensor | None]]:
+    """Host memory for the bytes [start, stop) of a file, piece after piece, and what each is to be copied to, if any.
 
-
-def _write(tensor: Tensor, position: int, data: np.ndarray) -> None:
-    room = tensor.detach().view(torch.uint8)[position : position + len(data)]
-    if tensor.device.type == "cpu":
-        np.copyto(room.numpy(), data)
-    else:
-        # A copy of our own: the bytes of the store are read-only, and the device copy wants pinned memory.
-        held = torch.empty(len(data), dtype=torch.uint8, pin_memory=tensor.is_cuda)
-        np.copyto(held.numpy(), data)
-        room.copy_(held)
+    What is in host memory is read in place; what no target wants goes nowhere.
+    """
+    found: list[tuple[np.ndarray, Tensor | None]] = []
+    position = start
+    for target in targets:  # sorted by offset, without overlaps
+        first, last = max(start, target.offset), min(stop, target.offset + target.num_bytes)
+        if first >= last:
+            continue
+        if position < first:
+            found.append((np.empty(first - position, np.uint8), None))
+        at = target.position + first - target.offset
+        room = target.tensor.detach().view(torch.uint8)[at : at + last - first]
+        if room.device.type == "cpu":
+            found.append((room.numpy(), None))
+        else:
+            held = torch.empty(last - first, dtype=torch.uint8, pin_memory=room.is_cuda)
+            found.append((held.numpy(), room))
+        position = last
+    if position < stop:
+        found.append((np.empty(stop - position, np.uint8), None))
+    return found

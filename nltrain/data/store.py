@@ -14,7 +14,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from urllib.parse import unquote, urlsplit
@@ -31,6 +31,8 @@ MAX_BACKOFF_S = 8.0
 CONNECT_TIMEOUT_S = 5.0
 # One PUT may carry 5 GiB; parts also go out on several connections at once.
 MULTIPART_THRESHOLD_BYTES = 64 << 20
+# What one read copies at a time: small enough for a processor's cache.
+COPY_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
 
 
@@ -59,6 +61,8 @@ class Store(Protocol):
     def get(self, key: str) -> bytes: ...
 
     def get_range(self, key: str, start: int, length: int) -> bytes: ...
+
+    def read_into(self, key: str, start: int, buffers: "Sequence[memoryview]") -> None: ...
 
     def put(self, key: str, data: bytes | memoryview) -> None: ...
 
@@ -134,6 +138,17 @@ class LocalStore:
                 "the file is truncated; restore it or prepare it again"
             )
         return data
+
+    def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, with the bytes from `start` on."""
+        with self._reading(key) as file:
+            file.seek(start)
+            for buffer in buffers:
+                if (got := file.readinto(buffer)) != len(buffer):
+                    raise StoreError(
+                        f"{self._path(key)}: {len(buffer)} bytes asked for, {got} there: "
+                        "the file is truncated; restore it or prepare it again"
+                    )
 
     def put(self, key: str, data: bytes | memoryview) -> None:
         with self._written(key, lambda file: file.write(data)) as temporary:
@@ -266,6 +281,23 @@ class S3Store:
 
         return self._call("get_range", key, read)
 
+    def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, with the bytes from `start` on; one request for all of them."""
+        length = sum(len(buffer) for buffer in buffers)
+        if length == 0:
+            return
+
+        def read(client: Any, ambiguous: bool) -> None:
+            byte_range = f"bytes={start}-{start + length - 1}"
+            answer = client.get_object(Bucket=self.bucket, Key=self._key(key), Range=byte_range)
+            with contextlib.closing(answer["Body"]) as body:
+                for buffer in buffers:
+                    _fill(body, buffer)
+                if body.readinto(bytearray(1)):  # botocore checks its checksum when it sees the end
+                    raise ShortBodyError(f"more than {length} bytes arrived")
+
+        self._call("read_into", key, read)
+
     def put(self, key: str, data: bytes | memoryview) -> None:
         body = bytes(data)  # botocore takes no memoryview
         if len(body) > MULTIPART_THRESHOLD_BYTES:
@@ -373,6 +405,15 @@ def _body(answer: Any, length: int) -> bytes:
     if len(data) != length:
         raise ShortBodyError(f"{len(data)} of {length} bytes arrived")
     return data
+
+
+def _fill(body: Any, buffer: memoryview) -> None:
+    for first in range(0, len(buffer), COPY_BYTES):
+        window = buffer[first : first + COPY_BYTES]
+        while window:
+            if not (got := body.readinto(window)):
+                raise ShortBodyError(f"{len(window)} bytes did not arrive")
+            window = window[got:]
 
 
 def _session() -> Any:

@@ -28,6 +28,10 @@ def test_what_is_put_is_got_listed_sized_and_deleted(store: Store, tmp_path: Pat
     assert store.get("a/one") == b"123456"
     assert store.get_range("a/one", 2, 3) == b"345"
     assert store.get_range("a/one", 2, 0) == b""
+    head, tail = bytearray(2), bytearray(3)
+    store.read_into("a/one", 1, [memoryview(head), memoryview(bytearray()), memoryview(tail)])
+    assert (head, tail) == (b"23", b"456")
+    store.read_into("a/one", 6, [])
     assert store.get("a/two") == b"file"
     assert [(found.key, found.num_bytes) for found in store.list()] == [("a/one", 6), ("a/two", 4), ("b", 2)]
     assert [found.key for found in store.list("a/o")] == ["a/one"]
@@ -54,6 +58,8 @@ def test_a_missing_object_and_a_short_range_are_named(store: Store) -> None:
     store.put("short", b"abc")
     with pytest.raises(StoreError, match="short"):
         open_store(store.url, attempts=2, backoff_s=0.01).get_range("short", 1, 10)
+    with pytest.raises(StoreError, match="short"):
+        open_store(store.url, attempts=2, backoff_s=0.01).read_into("short", 1, [memoryview(bytearray(10))])
 
 
 def test_a_key_cannot_leave_the_store(store: Store) -> None:
@@ -99,6 +105,9 @@ def test_faults_of_the_network_are_survived(s3: EmbeddedS3, bucket: str, monkeyp
             store.put(f"put/{number}", data)
             assert store.get(f"put/{number}") == data
             assert store.get_range(f"put/{number}", 100, 50) == data[100:150]
+            pieces = [bytearray(100), bytearray(4000)]
+            store.read_into(f"put/{number}", 700, [memoryview(piece) for piece in pieces])
+            assert b"".join(pieces) == data[700:4800]
             assert store.put_if_absent(f"claim/{number}", data)
             assert not store.put_if_absent(f"claim/{number}", b"other")
             store.delete(f"put/{number}")
