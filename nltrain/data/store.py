@@ -299,15 +299,13 @@ class S3Store:
         self._call("read_into", key, read)
 
     def put(self, key: str, data: bytes | memoryview) -> None:
-        body = bytes(data)  # botocore takes no memoryview
-        if len(body) > MULTIPART_THRESHOLD_BYTES:
-            self._call(
-                "put", key, lambda client, _: client.upload_fileobj(io.BytesIO(body), self.bucket, self._key(key))
-            )
-        else:
-            self._call(
-                "put", key, lambda client, _: client.put_object(Bucket=self.bucket, Key=self._key(key), Body=body)
-            )
+        def write(client: Any, ambiguous: bool) -> None:
+            if len(data) > MULTIPART_THRESHOLD_BYTES:
+                client.upload_fileobj(_View(data), self.bucket, self._key(key))
+            else:
+                client.put_object(Bucket=self.bucket, Key=self._key(key), Body=_View(data))
+
+        self._call("put", key, write)
 
     def put_if_absent(self, key: str, data: bytes | memoryview) -> bool:
         """Atomic create. After a lost answer the object is compared with `data`, so `data` must be the writer's own."""
@@ -393,6 +391,29 @@ class S3Store:
                 # Full jitter: ranks that failed together do not come back together.
                 time.sleep(random.uniform(0, min(MAX_BACKOFF_S, self.backoff_s * 2 ** (attempt - 1))))
         raise StoreError(f"{url}: attempts = {self.attempts}: at least 1 is needed")
+
+
+class _View(io.RawIOBase):
+    """A file over memory that is not copied: botocore takes no memoryview."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self._data, self._position = memoryview(data), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: len(self._data)}[whence]
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        part = self._data[self._position : self._position + len(buffer)]
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
 
 
 class ShortBodyError(Exception):
