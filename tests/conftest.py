@@ -14,6 +14,7 @@ LONGEST_FIRST = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = list(LONGEST_FIRST)
 
