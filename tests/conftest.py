@@ -4,9 +4,11 @@ Tests that share something costly (a cluster, the spawned ranks of all level cas
 stories come first, so that neither worker idles at the end.
 """
 
+from typing import Any
+
 import pytest
 
-LONGEST_FIRST = {
+TOGETHER = {
     "tests/runtime/test_cluster.py": "drill",
     "tests/runtime/test_leaving.py": "drill",
     "tests/levels/": "levels",
@@ -14,15 +16,23 @@ LONGEST_FIRST = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in this same hook
+def group_of(nodeid: str) -> str:
+    """The tests of one group run on one worker: those named above, otherwise those of a file."""
+    return next((group for path, group in TOGETHER.items() if nodeid.startswith(path)), nodeid.partition("::")[0])
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    ranks = list(LONGEST_FIRST)
+    order = list(dict.fromkeys(TOGETHER.values()))
+    ranks = {group: rank for rank, group in enumerate(order)}
+    items.sort(key=lambda item: ranks.get(group_of(item.nodeid), len(order)))
 
-    def place(item: pytest.Item) -> int:
-        return next((rank for rank, path in enumerate(ranks) if item.nodeid.startswith(path)), len(ranks))
 
-    items.sort(key=place)
-    for item in items:
-        rank = place(item)
-        name = LONGEST_FIRST[ranks[rank]] if rank < len(ranks) else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(name))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
