@@ -4,9 +4,14 @@ Tests that share something costly (a cluster, the spawned ranks of all level cas
 stories come first, so that neither worker idles at the end.
 """
 
+import os
 from typing import Any
 
 import pytest
+
+# One thread each, before anything imports torch: threads that spin for a core held by another process cost a factor
+# of three. Children inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 TOGETHER = {
     "tests/runtime/test_cluster.py": "drill",

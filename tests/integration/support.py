@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ def world(folder: Path) -> Iterator[World]:
     added = {"TMPDIR": str(owner.short / "tmp"), **owner.environment}
     before = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
+    tempfile.tempdir = None  # read TMPDIR again
     try:
         with EmbeddedS3(BUCKET) as s3, s3.in_environment():
             small_corpus(f"s3://{BUCKET}/corpus")
@@ -100,6 +102,7 @@ def world(folder: Path) -> Iterator[World]:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        tempfile.tempdir = None
         left = wait_gone(owner.id, timeout_s=20)
         owner.close()
     assert not left, f"processes left behind: {[(process.pid, process.cmdline()) for process in left]}"
