@@ -60,19 +60,20 @@ def shuffle2(length: int, count: int, generator: Generator) -> tuple[Tensor, Ten
     return tokens, targets
 
 
-def recall(num_pairs: int, num_symbols: int = 10) -> Sampler:
-    """Multi-query associative recall: fresh pairs, then all keys in a random order; class of a key: its value."""
+def recall(num_pairs: int, num_symbols: int) -> Sampler:
+    """Multi-query associative recall: fresh pairs, then all keys in a random order; class of a key: its value.
+
+    Keys of a sequence differ, values may repeat. No answer is shown, so that none can be had by elimination.
+    """
 
     def sample(_: int, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
         keys = torch.rand(count, num_symbols, generator=generator).argsort(1)[:, :num_pairs]
-        values = torch.rand(count, num_symbols, generator=generator).argsort(1)[:, :num_pairs]
-        pairs = torch.stack([keys, values + num_symbols], -1).flatten(1)
+        values = torch.randint(0, num_symbols, (count, num_pairs), generator=generator) + num_symbols
         order = torch.rand(count, num_pairs, generator=generator).argsort(1)
-        # Each query is followed by its answer, so that the next query is not the first thing after another.
-        asked = torch.stack([keys.gather(1, order), values.gather(1, order) + num_symbols], -1).flatten(1)
-        targets = torch.full((count, 4 * num_pairs), IGNORED)
-        targets[:, 2 * num_pairs :: 2] = values.gather(1, order) + num_symbols
-        return torch.cat([pairs, asked], 1), targets
+        tokens = torch.cat([torch.stack([keys, values], -1).flatten(1), keys.gather(1, order)], 1)
+        targets = torch.full((count, 3 * num_pairs), IGNORED)
+        targets[:, 2 * num_pairs :] = values.gather(1, order)
+        return tokens, targets
 
     return sample
 

@@ -146,9 +146,7 @@ class LocalCluster:
 
     def stop(self) -> None:
         """End all nodes and everything they started; what ignores SIGTERM is killed by pid."""
-        for node in self.nodes:
-            node.stop()
-        _end(self._process)
+        _end(*(node.process for node in self.nodes), self._process)
 
     def remove_session_files(self) -> None:
         """Drop Ray's session folder (sockets, spill, working dirs); the head's own log stays."""
@@ -182,7 +180,7 @@ class LocalNode:
         self._cluster, self.folder, self._num_cpus = cluster, folder, num_cpus
         self._log = folder.with_suffix(".log")
         self._object_store_bytes, self._name = object_store_bytes, name
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
         self.raylet_pid = 0
         self.node_id = ""
 
@@ -199,12 +197,12 @@ class LocalNode:
             f"--temp-dir={self._cluster.temp_dir / self._name}",
         ]  # fmt: skip
         with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 command, env=self._cluster.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
+            if self.process.poll() is not None:
                 raise ClusterError(f"{self._name} ended while starting; see {self._log}")
             # `ray start` says so once the head counts the node as alive.
             if "Ray runtime started" in self._log.read_text(errors="replace") and self._find_raylet():
@@ -222,12 +220,12 @@ class LocalNode:
         os.kill(self.raylet_pid, signal.SIGKILL)
 
     def stop(self) -> None:
-        _end(self._process)
+        _end(self.process)
 
     def _find_raylet(self) -> bool:
         """The raylet among the processes below `ray start`; its command line carries the node's id."""
-        assert self._process is not None
-        for process in psutil.Process(self._process.pid).children(recursive=True):
+        assert self.process is not None
+        for process in psutil.Process(self.process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
                 if process.name().startswith("raylet"):
                     self.raylet_pid = process.pid
@@ -237,12 +235,15 @@ class LocalNode:
         return False
 
 
-def _end(process: subprocess.Popen[bytes] | None) -> None:
-    """SIGTERM, then SIGKILL when it has not ended after 10 s."""
-    if process and process.poll() is None:
+def _end(*processes: subprocess.Popen[bytes] | None) -> None:
+    """SIGTERM to all, then SIGKILL to those that have not ended after 10 s."""
+    running = [process for process in processes if process and process.poll() is None]
+    for process in running:
         process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + 10
+    for process in running:
         try:
-            process.wait(10)
+            process.wait(max(0.0, deadline - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
