@@ -1,7 +1,7 @@
-"""Which tests stay together when `make test` spreads them over two workers (pytest-xdist), and in which order.
+"""Which tests stay together when `make test` spreads them over two workers (pytest-xdist), and which begin.
 
-Tests that share something costly (a cluster, the spawned ranks of all level cases) run on one worker. What starts
-clusters begins, what spawns ranks ends: beside each other, more processes than cores would wait for one another.
+Tests that share something costly (a cluster, the spawned ranks of all level cases) run on one worker; the longest
+come first, so that neither worker idles at the end.
 """
 
 import os
@@ -14,15 +14,11 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 TOGETHER = {
-    "tests/runtime/test_cluster.py": "clusters",
-    "tests/runtime/test_leaving.py": "clusters",
-    "tests/integration/test_spine.py": "clusters",
-    "tests/integration/test_interrupts.py": "clusters",
-    "tests/levels/": "ranks",
-    "tests/checkpoint/test_checkpoint_levels.py": "ranks",
-    "tests/checkpoint/test_checkpoint_ranks.py": "ranks",
+    "tests/runtime/test_cluster.py": "drill",
+    "tests/runtime/test_leaving.py": "drill",
+    "tests/levels/": "levels",
+    "tests/integration/test_spine.py": "spine",
 }
-FIRST, LAST = "clusters", "ranks"
 
 
 def group_of(nodeid: str) -> str:
@@ -31,11 +27,9 @@ def group_of(nodeid: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> tuple[bool, bool]:
-        group = group_of(item.nodeid)
-        return group != FIRST, group == LAST
-
-    items.sort(key=place)
+    order = list(dict.fromkeys(TOGETHER.values()))
+    ranks = {group: rank for rank, group in enumerate(order)}
+    items.sort(key=lambda item: ranks.get(group_of(item.nodeid), len(order)))
 
 
 @pytest.hookimpl(optionalhook=True)
