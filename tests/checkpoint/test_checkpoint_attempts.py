@@ -19,7 +19,7 @@ from tests.checkpoint.support import assert_filled, held, settings, wanted
 MOMENTS = ("/state-00000", "/layout.json", "/manifest.json")
 
 WORKER = """
-import os, signal, sys
+import signal, sys, threading
 from nltrain.checkpoint import Checkpointer, StaleAttemptError
 from nltrain.data.store import open_store
 from tests.checkpoint.support import held, settings
@@ -34,7 +34,8 @@ def paused(operation):
     def call(key, data):
         if moment in key:
             print("inside", flush=True)
-            os.kill(os.getpid(), signal.SIGSTOP)  # the whole process, as a stalled machine would
+            # Stops the whole process, as a stalled machine would; sent to this thread, it cannot run on meanwhile.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         return operation(key, data)
     return call
 
