@@ -2,7 +2,8 @@
 
 Writing: each file's sha256 is computed on another thread while the file is sent. Reading: each file is read in pieces
 that go straight to where they belong, hashed on the way when asked; what is read is never unpickled, only copied.
-Limits: `num_threads` pieces of READ_BYTES are in memory at a time when reading.
+Limits: what has no place in host memory (a device's tensors, bytes that nobody wants) passes through buffers of up to
+READ_BYTES in each of `num_threads`.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""One small seam over S3 and a local folder; the only file that imports boto3.
+"""One small seam over S3 and a local folder; the only file that imports boto3, hence its length.
 
 Guarantees: `put` and `put_file` are atomic (a reader sees the old object, the new one or none), `put_if_absent` is an
 atomic create, every read returns exactly the bytes asked for, and each failure is one `StoreError` line with the URL
