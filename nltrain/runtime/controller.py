@@ -28,6 +28,7 @@ from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import ResizingState
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_actor
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
@@ -137,6 +138,14 @@ class LiveNodes(ElasticScalingPolicy):
 
     _counted: Any = None
     _counted_s = -math.inf
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        """Grow only. A group that runs loses a worker by failure or preemption, which its next poll tells as such:
+        to shrink it here, seconds before, would call a dead node a resize and wait for it to save."""
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if isinstance(decision, ResizeDecision) and decision.num_workers < worker_group_state.num_workers:
+            return NoopDecision()
+        return decision
 
     def _get_reserved_resources(self) -> Any:
         # Ray's loop asks without a pause while too few nodes are there.

@@ -3,6 +3,7 @@
 import inspect
 
 import pytest
+from ray.train import ScalingConfig
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
     WorkerGroupStartupTimeoutError,
@@ -10,6 +11,7 @@ from ray.train.v2._internal.exceptions import (
 )
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroupState
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
@@ -51,10 +53,29 @@ def test_troubles_of_the_controller_are_told_apart(cause, kind):
     assert controller.diagnose(ControllerError(cause)).kind == kind
 
 
+@pytest.mark.parametrize(("free", "decided"), [(1, None), (2, None), (3, 3)])
+def test_a_running_group_is_grown_but_never_shrunk(free, decided, monkeypatch):
+    """A node that has gone is a failure, however soon the count of nodes hears of it."""
+    scaling = ScalingConfig(num_workers=(1, 3), elastic_resize_monitor_interval_s=0)
+    policy = controller.LiveNodes(scaling)
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+    monkeypatch.setattr(policy, "_get_reserved_resources", lambda: {f"node {i}": {"CPU": 1.0} for i in range(free)})
+    running = WorkerGroupState(start_time=-1e9, placement_group_handle=None, workers=[None, None], sync_actor=None)
+    decision = policy.make_decision_for_running_worker_group(running, None)
+    assert getattr(decision, "num_workers", None) == decided
+
+
 def test_ray_still_has_what_we_override():
     for owner, names in (
         (TrainController, ("_execute_resize_decision", "_set_state", "get_worker_group", "get_state")),
-        (ElasticScalingPolicy, ("_get_reserved_resources", "GET_RESERVED_RESOURCES_INTERVAL_S")),
+        (
+            ElasticScalingPolicy,
+            (
+                "_get_reserved_resources",
+                "GET_RESERVED_RESOURCES_INTERVAL_S",
+                "make_decision_for_running_worker_group",
+            ),
+        ),
         (DataParallelTrainer, ("_initialize_and_run_controller",)),
     ):
         for name in names:
