@@ -7,13 +7,16 @@ accumulators average instead of summing, differ per stage and dtype, and reduce 
 out. A parity test per stage and dtype guards every private call below (written for deepspeed 0.19.8).
 """
 
+import importlib
 import logging
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -35,6 +38,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
 MODES = {1: "local", 2: "sharded", 3: "gathered"}
 NORM_ROW = 4096  # elements added up in fp32 before the sum goes on in fp64
+MUON = "deepspeed.runtime.zero.muon.muon_optimizer"
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,21 @@ class _Holder(nn.Module):
             self.register_parameter(f"p{index}", parameter)
 
 
+def _import_muon_uncompiled() -> None:
+    """DeepSpeed looks whether an optimizer is its Muon, whose import sets up torch's compiler: over a second of every
+    start and restart, for kernels that no level of ours runs."""
+    if MUON not in sys.modules:
+        with mock.patch.object(deepspeed.runtime.compiler, "compile", lambda *_, **__: lambda function: function):
+            importlib.import_module(MUON)
+
+
 def init_deepspeed(device: torch.device) -> None:
     """Attaches deepspeed to the process group that is already there; it takes the device from LOCAL_RANK."""
     if not dist.is_initialized():
         raise LevelsError(
             "no torch.distributed process group: call torch.distributed.init_process_group before the levels"
         )
+    _import_muon_uncompiled()
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)

@@ -35,6 +35,13 @@ HEALTH_CHECKS = {
     # On a busy machine a raylet's agents take longer to start than Ray allows them.
     "RAY_agent_register_timeout_ms": str(1000 * START_TIMEOUT_S),
 }
+# Ray would start idle workers that no run can use (each job has an environment of its own), and at the end wait 30 s
+# for actors of its own to leave.
+LEAN = {
+    "RAY_enable_worker_prestart": "0",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+}
 
 
 class ClusterError(RuntimeError):
@@ -80,6 +87,7 @@ class LocalCluster:
                 "RAY_worker_niceness": "0",
                 "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
                 **HEALTH_CHECKS,
+                **LEAN,
                 "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
                 "PYTHONUNBUFFERED": "1",
             }

@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nltrain.checkpoint import CheckpointConfig
 from nltrain.data.store import Store, StoreError
 from nltrain.fragment import Fragment
+from tests import forked
 
 # Awkward sizes: odd, prime, smaller than the number of ranks, empty; and every element size.
 TENSORS = {
@@ -103,8 +103,10 @@ def settings(url: str, **changes) -> CheckpointConfig:
     return CheckpointConfig(**({"url": url, "max_file_bytes": 1 << 16, "timeout_s": 60.0} | changes))
 
 
-def _rank_main(rank: int, size: int, meeting: str, operation: Callable, arguments: tuple, errors) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
+def _rank_main(
+    environment: dict[str, str], rank: int, size: int, meeting: str, operation: Callable, arguments: tuple, errors
+) -> None:
+    forked.begin(environment)
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
@@ -118,12 +120,13 @@ def _rank_main(rank: int, size: int, meeting: str, operation: Callable, argument
 
 def run_ranks(size: int, operation: Callable, *arguments) -> None:
     """operation(rank, size, *arguments) on `size` processes with a gloo group; a failure of one is raised here."""
-    context = mp.get_context("spawn")
-    errors = context.SimpleQueue()
+    errors = forked.CONTEXT.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         meeting = os.path.join(folder, "meeting")
         ranks = [
-            context.Process(target=_rank_main, args=(rank, size, meeting, operation, arguments, errors))
+            forked.CONTEXT.Process(
+                target=_rank_main, args=(forked.environment(), rank, size, meeting, operation, arguments, errors)
+            )
             for rank in range(size)
         ]
         for process in ranks:

@@ -1,22 +1,44 @@
 """The way of a token, whole: real S3, real Ray cluster, real ranks, real SIGKILL."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from nltrain.runtime.demo import kill_one_rank_half_way
 from nltrain.track.metrics import effective, read_rows
 from tests.integration.support import QUANTUM, World, world
 
+QUIET = ("track.wandb=off",)  # each start of W&B takes seconds, and one run shows it
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """One cluster, three runs of one config: undisturbed, again, and with one rank killed half way."""
-    with world(tmp_path_factory.mktemp("spine")) as here:
-        outputs = {name: here.submit(name) for name in ("undisturbed", "again")}
-        with kill_one_rank_half_way(here.folder / "killed"):
-            outputs["killed"] = here.submit("killed")
-        for name, (code, text) in outputs.items():
+    """One cluster and two users of it, at the same time; {name of the job: (exit code, what it printed)}."""
+    with world(tmp_path_factory.mktemp("spine")) as here, ThreadPoolExecutor(2) as users:
+        both = [users.submit(one_with_a_kill, here), users.submit(one_with_many_jobs, here)]
+        outputs = both[0].result() | both[1].result()
+        for name in ("undisturbed", "again", "killed"):
+            code, text = outputs[name]
             assert code == 0, f"{name}:\n{text}"
         yield here, outputs
+
+
+def one_with_a_kill(here: World) -> dict[str, tuple[int, str]]:
+    """A run, and the same with one rank killed half way."""
+    outputs = {"undisturbed": here.submit("undisturbed")}
+    with kill_one_rank_half_way(here.folder / "killed"):
+        outputs["killed"] = here.submit("killed")
+    return outputs
+
+
+def one_with_many_jobs(here: World) -> dict[str, tuple[int, str]]:
+    """The same run, submitted again when it has finished, then with another config; the short form; a bad place."""
+    outputs = {"again": here.submit("again", *QUIET)}
+    outputs["resubmitted"] = here.submit("again", *QUIET)
+    outputs["changed"] = here.submit("again", "levels.levels.slow.lr=0.001", "cluster.max_failures=0", *QUIET)
+    outputs["short"] = here.submit("short", "train.total_tokens=2048", *QUIET, short=True)
+    outputs["nowhere"] = here.submit("nowhere", "data.prefix=s3://no-such-bucket/corpus", "cluster.max_failures=0")
+    return outputs
 
 
 def losses(here: World, name: str) -> list[tuple[int, float]]:
@@ -70,30 +92,27 @@ def test_the_summary_has_what_a_user_asks_for(runs):
 
 
 def test_resubmitting_a_finished_run_changes_nothing(runs):
-    here, _ = runs
-    before = here.summary("again")
-    code, text = here.submit("again")
+    here, outputs = runs
+    code, text = outputs["resubmitted"]
     assert code == 0, text
     assert "resumed from checkpoint" in text
-    assert here.summary("again")["weights_sha256"] == before["weights_sha256"]
+    assert here.summary("again")["weights_sha256"] == here.summary("undisturbed")["weights_sha256"]
 
 
 def test_a_run_of_another_config_is_not_resumed_under_the_same_name(runs):
-    here, _ = runs
-    code, text = here.submit("again", "levels.levels.slow.lr=0.001", "cluster.max_failures=0")
+    code, text = runs[1]["changed"]
     assert code != 0
     assert "levels.levels" in text and "0.001" in text
 
 
 def test_the_short_form_of_the_readme_works_from_the_repository_root(runs):
-    here, _ = runs
-    code, text = here.submit("short", "train.total_tokens=2048", short=True)
+    here, outputs = runs
+    code, text = outputs["short"]
     assert code == 0, text
     assert here.summary("short")["tokens"] == 2048
 
 
 def test_bad_places_are_named_in_one_line(runs):
-    here, _ = runs
-    code, text = here.submit("nowhere", "data.prefix=s3://no-such-bucket/corpus", "cluster.max_failures=0")
+    code, text = runs[1]["nowhere"]
     assert code != 0
     assert "error:" in text and "s3://no-such-bucket" in text

@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests import forked
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -35,8 +37,10 @@ class CaseFailed(AssertionError):
     """A case raised on some rank; carries that rank's traceback."""
 
 
-def _work(rank: int, world_size: int, cases: dict[str, Case], folder: Path, here: Path) -> None:
-    os.environ["LOCAL_RANK"] = "0"
+def _work(
+    rank: int, environment: dict[str, str], world_size: int, cases: dict[str, Case], folder: Path, here: Path
+) -> None:
+    forked.begin(environment | {"LOCAL_RANK": "0"})
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -60,11 +64,11 @@ def _work(rank: int, world_size: int, cases: dict[str, Case], folder: Path, here
 
 def run_cases(world_size: int, cases: dict[str, Case], folder: Path) -> dict[str, Any]:
     """Results by case name; a case that did not finish is a CaseFailed in its place."""
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as temporary:
         here, ended = Path(temporary), ""
         try:
-            mp.spawn(_work, (world_size, cases, folder, here), nprocs=world_size)
+            arguments = (forked.environment(), world_size, cases, folder, here)
+            mp.start_processes(_work, arguments, nprocs=world_size, start_method=forked.METHOD)
         except Exception as error:
             ended = str(error)
         results: dict[str, Any] = {}

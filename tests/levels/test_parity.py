@@ -53,7 +53,8 @@ def parity(
         stages=STAGES[stages],
         shared={**OPTIMIZERS[optimizer], "clip_norm": CLIPS[clip]},
         dtype=dtype,
-        bucket_elements=2000,  # several groups per level, and parameters larger than a group
+        # Several groups per level, and parameters larger than a group, for a model of either size.
+        bucket_elements=2_000 if make is Toy else 20_000,
     )
     model = make()
     scheduler = LevelScheduler(model, config, SEQ_LEN)

@@ -24,6 +24,7 @@ from nltrain.runtime.local import free_ports
 from nltrain.track.metrics import read_rows
 from nltrain.track.progress import Meter
 from nltrain.track.supervision import Wish
+from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 QUANTA, LEAVE_AFTER = 12, 5
@@ -78,7 +79,8 @@ def nan_in_the_last_quantum(loss):
     return faulty
 
 
-def ranks(rank, folder, port):
+def ranks(rank, environment, folder, port):
+    forked.begin(environment)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD_SIZE)
     found = {"straight": train(config(folder, "straight"))}
@@ -120,7 +122,8 @@ def found(tmp_path_factory):
     tokenizer = train_tokenizer([text for _, text in documents[::3]], VOCAB_SIZE)
     prepare(documents, open_store(str(folder / "corpus")), tokenizer, PrepareConfig(SEQ_LEN, validation_fraction=0.1))
     [port] = free_ports(1)
-    torch.multiprocessing.spawn(ranks, (folder, port), nprocs=WORLD_SIZE)
+    arguments = (forked.environment(), folder, port)
+    torch.multiprocessing.start_processes(ranks, arguments, nprocs=WORLD_SIZE, start_method=forked.METHOD)
     return folder, [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(WORLD_SIZE)]
 
 
