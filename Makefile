@@ -1,7 +1,7 @@
 # Every target sets the environment up first; it is a no-op when nothing has changed.
 PYTHON ?= python3
 VENV := $(CURDIR)/.venv
-RUN := PATH="$(VENV)/bin:$$PATH" TORCH_EXTENSIONS_DIR="$(VENV)/torch_extensions" DS_ACCELERATOR=cpu
+RUN := PATH="$(VENV)/bin:$$PATH" DS_ACCELERATOR=cpu
 
 .PHONY: help venv demo test check bench gpu-check clean
 

@@ -9,6 +9,7 @@ import gc
 import multiprocessing
 import os
 import tempfile
+import warnings
 
 METHOD = "forkserver"
 CONTEXT = multiprocessing.get_context(METHOD)
@@ -25,5 +26,7 @@ def begin(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # read TMPDIR again
+    # DeepSpeed's use of an older name of torch's; a forked process writes past pytest's capture.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     # DeepSpeed collects garbage for each engine that closes: spare it the million objects of the imports.
     gc.freeze()

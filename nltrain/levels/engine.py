@@ -61,12 +61,18 @@ class _Holder(nn.Module):
             self.register_parameter(f"p{index}", parameter)
 
 
-def _import_muon_uncompiled() -> None:
-    """DeepSpeed looks whether an optimizer is its Muon, whose import sets up torch's compiler: over a second of every
-    start and restart, for kernels that no level of ours runs."""
+def _leave_out_what_no_level_uses() -> None:
+    """Two things that DeepSpeed does at every start, and so at every restart of a group.
+
+    It imports its Muon to see whether an optimizer is one, which sets up torch's compiler: over a second. And on CPU it
+    loads a shared-memory all-reduce for inference, built by a C++ compiler at the first start, under a lock that a
+    killed process leaves behind and the next one waits for.
+    """
     if MUON not in sys.modules:
         with mock.patch.object(deepspeed.runtime.compiler, "compile", lambda *_, **__: lambda function: function):
             importlib.import_module(MUON)
+    # Not deepspeed.comm.torch: that name is torch itself by now.
+    setattr(sys.modules["deepspeed.comm.torch"], "build_shm_op", lambda: None)  # noqa: B010
 
 
 def init_deepspeed(device: torch.device) -> None:
@@ -75,7 +81,7 @@ def init_deepspeed(device: torch.device) -> None:
         raise LevelsError(
             "no torch.distributed process group: call torch.distributed.init_process_group before the levels"
         )
-    _import_muon_uncompiled()
+    _leave_out_what_no_level_uses()
     os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), dist_init_required=False, verbose=False)

@@ -112,7 +112,6 @@ def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
     """One rank of the run. Returns {"left", "tokens", "checkpoint"}; left is "finished", or "stopped" by the user."""
     from nltrain.loop import train
     from nltrain.runtime.controller import node_is_leaving, own_rank, register_with_ray
-    from nltrain.runtime.jit import clear_stale_locks
 
     config = from_dict(RunConfig, values)
     rank = own_rank()
@@ -120,7 +119,6 @@ def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
     supervision = RankSupervision(config, rank, node_is_leaving)
     _Told.training.set()
     try:
-        clear_stale_locks()
         result = train(config, supervision)
         left, tokens = result.get("left", "finished"), result.get("tokens", supervision.tokens)
         url = join_url(config.checkpoint.url, config.name, "checkpoints", result["checkpoint"])

@@ -140,7 +140,7 @@ def test_status_tells_of_it_from_the_folder_and_from_the_store(story):
 
 def test_a_deterministic_bug_stops_the_second_time_with_its_traceback(drill, tmp_path):
     root = planted_bug(tmp_path, "if quantum == 6:\n                raise ValueError('planted at step 7')")
-    job = drill.submit("bug", 40, root=root)
+    job = drill.submit("bug", 40, root=root, cluster__max_workers=2)
     assert job.wait(240) != 0
     # A start while a node was slow to answer may grow before it fails; that is no failure.
     failed = [attempt for attempt in job.rows("attempt") if not attempt["reason"].startswith("resized")]

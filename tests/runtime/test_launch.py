@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from nltrain.runtime.config import ClusterConfig
-from nltrain.runtime.jit import clear_stale_locks
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,13 +43,3 @@ def test_a_job_without_a_cluster_says_how_it_is_started():
     assert done.returncode == 1
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("error: RAY_ADDRESS is not set: start this file with `ray job submit")
-
-
-def test_only_a_stale_build_lock_is_removed(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / "op" / "lock"
-    lock.parent.mkdir()
-    lock.touch()
-    os.utime(lock, (0, 0))
-    assert clear_stale_locks() == [lock]
-    assert clear_stale_locks() == []
