@@ -14,8 +14,8 @@ venv: ## make .venv with everything pinned
 demo: venv ## train a small Hope from an embedded S3 on a local Ray cluster, kill a worker, resume
 	@$(RUN) python jobs/demo.py $(DEMO)
 
-test: venv ## every test
-	@$(RUN) python -m pytest $(PYTEST)
+test: venv ## every test, on two workers
+	@$(RUN) python -m pytest -n 2 --dist loadgroup $(PYTEST)
 
 check: venv ## lint, format, types
 	@$(RUN) ruff check .

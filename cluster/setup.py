@@ -1,8 +1,9 @@
 """Makes `.venv` on this machine; the first thing every `make` target runs. Standard library only.
 
 Guarantees: what is missing on the machine (Python, venv, disk) is named with the package to install, before anything
-is installed. A finished environment is left alone while pyproject.toml and the interpreter stay the same; a half-made
-one (interrupted install) is made anew. Nothing is compiled, now or later.
+is installed; so are a compiler and Python's headers, without which all but torch.compile and Triton runs. A finished
+environment is left alone while pyproject.toml and the interpreter stay the same; a half-made one (interrupted install)
+is made anew.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -38,6 +40,21 @@ def missing_on_this_machine(venv):
             f"free some or clone to another disk"
         )
     return problems
+
+
+def useful_on_this_machine():
+    """What could be installed by hand: nothing here is compiled, but torch.compile and Triton compile when they run."""
+    version = "python{}.{}".format(*sys.version_info[:2])
+    advice = []
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        advice.append(
+            f"no C++ compiler ({compiler!r} is not on PATH): apt-get install g++ (macOS: xcode-select --install)"
+        )
+    header = os.path.join(sysconfig.get_paths()["include"], "Python.h")
+    if not os.path.exists(header):
+        advice.append(f"{header} is not there: apt-get install {version}-dev (dnf: python3-devel)")
+    return advice
 
 
 def fingerprint():
@@ -72,6 +89,8 @@ def main():
         for problem in problems:
             print("error: " + problem, file=sys.stderr)
         sys.exit(1)
+    for advice in useful_on_this_machine():
+        print("note: " + advice + "; needed on a GPU, not by the demo and the tests", file=sys.stderr, flush=True)
     if options.check:
         return
     started = time.monotonic()

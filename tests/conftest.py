@@ -1,11 +1,27 @@
-"""One thread per process: threads that spin for a core held by another process cost a factor of three."""
+"""What all tests share: one thread per process, and who runs beside whom when `make test` uses two workers."""
 
 import os
 import sys
 from multiprocessing import forkserver
 
-# Before anything imports torch; children inherit it.
+import pytest
+
+# Before anything imports torch; children inherit it. Threads that spin for a core held by another process cost a
+# factor of three.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# One worker runs the tests with clusters of their own, which mostly wait for processes to start; those with a time to
+# keep come first, while the other worker computes on one core. That one ends with the levels, on two to four ranks.
+WITH_A_CLUSTER = ("tests/runtime/", "tests/integration/")
+COMPUTING = ("tests/kernels/", "tests/model/", "tests/data/", "tests/checkpoint/")
+ORDER = (*WITH_A_CLUSTER, *COMPUTING)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: next((i for i, path in enumerate(ORDER) if item.nodeid.startswith(path)), len(ORDER)))
+    for item in items:
+        group = "with a cluster" if item.nodeid.startswith(WITH_A_CLUSTER) else "computing"
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 def pytest_collection_finish() -> None:

@@ -8,6 +8,7 @@ They are processes like any other: own memory, own interpreter, own connections.
 import gc
 import multiprocessing
 import os
+import sys
 import tempfile
 import warnings
 
@@ -26,7 +27,8 @@ def begin(environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None  # read TMPDIR again
-    # DeepSpeed's use of an older name of torch's; a forked process writes past pytest's capture.
+    # A forked process writes past pytest's capture; what a rank has to say is its result or its traceback.
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     # DeepSpeed collects garbage for each engine that closes: spare it the million objects of the imports.
     gc.freeze()

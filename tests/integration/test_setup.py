@@ -20,9 +20,11 @@ with tempfile.NamedTemporaryFile() as meeting:
 """
 
 
-def check(venv: Path, *prelude: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def check(
+    venv: Path, *prelude: str, more: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     """cluster/setup.py on a machine that `prelude` (Python statements) makes poorer."""
-    program = "; ".join(["import runpy, sys", *prelude, f"sys.argv = ['setup.py', '--venv', {str(venv)!r}]"])
+    program = "; ".join(["import runpy, sys", *prelude, f"sys.argv = {['setup.py', '--venv', str(venv), *more]}"])
     program += f"; runpy.run_path({SETUP!r}, run_name='__main__')"
     return subprocess.run(
         [sys.executable, "-c", program], env=os.environ | environment, capture_output=True, text=True, timeout=60
@@ -35,6 +37,15 @@ def refused(done: subprocess.CompletedProcess[str], venv: Path, *words: str) -> 
     for word in words:
         assert word in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_missing_compiler_and_missing_headers_are_named_but_nothing_here_needs_them(tmp_path):
+    prelude = "import sysconfig; sysconfig.get_paths = lambda: {'include': '/nowhere'}"
+    done = check(tmp_path / "v", prelude, more=("--check",), CXX="no-such-compiler")
+    assert done.returncode == 0
+    compiler, headers = done.stderr.splitlines()
+    assert compiler.startswith("note: no C++ compiler") and "apt-get install g++" in compiler
+    assert headers.startswith("note: /nowhere/Python.h") and "-dev" in headers
 
 
 def test_a_missing_venv_module_is_named(tmp_path):

@@ -60,7 +60,7 @@ def story(drill):
     job.wait(120)
     stopped, first_log = read_status(str(job.output)), job.log
 
-    total = stopped["tokens"] // QUANTUM + 300
+    total = stopped["tokens"] // QUANTUM + 200
     job = drill.submit("story", total, **often)
     resumed = job.wait_for_attempt(180, attempt=stopped["attempt"] + 1)
     job.wait_for_tokens(resumed["tokens"] + 4 * QUANTUM, 60)
