@@ -17,6 +17,7 @@ COMPUTING = ("tests/kernels/", "tests/model/", "tests/data/", "tests/checkpoint/
 ORDER = (*WITH_A_CLUSTER, *COMPUTING)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((i for i, path in enumerate(ORDER) if item.nodeid.startswith(path)), len(ORDER)))
     for item in items:
