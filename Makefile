@@ -15,7 +15,7 @@ demo: venv ## train a small Hope from an embedded S3 on a local Ray cluster, kil
 	@$(RUN) python jobs/demo.py $(DEMO)
 
 test: venv ## every test, on two workers
-	@$(RUN) python -m pytest -n 2 --dist loadgroup $(PYTEST)
+	@$(RUN) python -m pytest -n 2 --no-loadscope-reorder $(PYTEST)
 
 check: venv ## lint, format, types
 	@$(RUN) ruff check .

@@ -3,6 +3,7 @@
 import os
 import sys
 from multiprocessing import forkserver
+from typing import Any
 
 import pytest
 
@@ -17,12 +18,19 @@ COMPUTING = ("tests/kernels/", "tests/model/", "tests/data/", "tests/checkpoint/
 ORDER = (*WITH_A_CLUSTER, *COMPUTING)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: next((i for i, path in enumerate(ORDER) if item.nodeid.startswith(path)), len(ORDER)))
-    for item in items:
-        group = "with a cluster" if item.nodeid.startswith(WITH_A_CLUSTER) else "computing"
-        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class TwoGroups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "with a cluster" if nodeid.startswith(WITH_A_CLUSTER) else "computing"
+
+    return TwoGroups(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -6,6 +6,7 @@ They are processes like any other: own memory, own interpreter, own connections.
 """
 
 import gc
+import logging
 import multiprocessing
 import os
 import sys
@@ -29,6 +30,7 @@ def begin(environment: dict[str, str]) -> None:
     tempfile.tempdir = None  # read TMPDIR again
     # A forked process writes past pytest's capture; what a rank has to say is its result or its traceback.
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    logging.getLogger("nltrain").addHandler(logging.NullHandler())
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")
     # DeepSpeed collects garbage for each engine that closes: spare it the million objects of the imports.
     gc.freeze()
