@@ -1,16 +1,18 @@
 """Long comparisons as many small runs: each variant and seed is one JSON file, made once and then only read.
 
 A run's file is named after its variant and seed and holds its settings; a file made with other settings is refused,
-not overwritten. Several processes may work on one folder: a run is claimed by creating its file's lock.
+not overwritten. What is interrupted loses the runs under way and keeps the finished ones.
 """
 
 import json
 import math
+import multiprocessing
+import multiprocessing.connection
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,24 +24,71 @@ class BenchmarkError(Exception):
     """A benchmark cannot go on; the message says what to do."""
 
 
-def run_once(folder: Path, name: str, settings: dict[str, Any], work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of `work`, from folder/name.json if it is there, else made now and written atomically."""
-    path = folder / f"{name}.json"
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found["settings"] != json.loads(json.dumps(settings)):
-            raise BenchmarkError(f"{path} was made with other settings: move it away or choose another --out folder")
-        print(f"{name}: read from {path}", flush=True)
-        return found["result"]
+class Run(NamedTuple):
+    """One variant on one seed."""
+
+    name: str  # of its file
+    settings: dict[str, Any]  # what the result depends on
+    work: Callable[[], dict[str, Any]]
+
+
+def run_all(folder: Path, runs: Sequence[Run], num_jobs: int = 1) -> list[dict[str, Any]]:
+    """The results of `runs`, in their order: those in folder/NAME.json are read, the others made, `num_jobs` at a time.
+
+    Each is made in a process of its own, forked from this one, which must not have trained anything yet.
+
+    Raises:
+        BenchmarkError: a file was made with other settings, or a run ended without a result.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
-    result = work()
-    result["wall_s"] = round(time.monotonic() - began, 1)
+    missing = [run for run in runs if _kept(folder, run) is None]
+    if missing:
+        print(f"{len(runs) - len(missing)} of {len(runs)} runs found in {folder}", flush=True)
+    waiting, under_way, done = list(missing), {}, 0
+    began_s = time.monotonic()
+    try:
+        while waiting or under_way:
+            while waiting and len(under_way) < num_jobs:
+                run = waiting.pop(0)
+                process = multiprocessing.get_context("fork").Process(target=_make, args=(folder, run))
+                process.start()
+                under_way[process.sentinel] = run, process
+            for sentinel in multiprocessing.connection.wait(list(under_way)):
+                run, process = under_way.pop(sentinel)
+                process.join()
+                if process.exitcode:
+                    raise BenchmarkError(f"run {run.name} ended with exit code {process.exitcode}, its error is above")
+                done += 1
+                left_s = (time.monotonic() - began_s) / done * (len(missing) - done)
+                print(f"{done} of {len(missing)} runs made, about {left_s / 60:.0f} min left", flush=True)
+    finally:
+        for _, process in under_way.values():
+            process.terminate()
+            process.join()
+    found = [_kept(folder, run) for run in runs]
+    return [result for result in found if result is not None]
+
+
+def _kept(folder: Path, run: Run) -> dict[str, Any] | None:
+    path = folder / f"{run.name}.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    if found["settings"] != json.loads(json.dumps(run.settings)):
+        raise BenchmarkError(f"{path} was made with other settings: move it away or choose another --out folder")
+    return found["result"]
+
+
+def _make(folder: Path, run: Run) -> None:
+    """Works and keeps the result atomically."""
+    path = folder / f"{run.name}.json"
+    began_s = time.monotonic()
+    result = run.work()
+    result["wall_s"] = round(time.monotonic() - began_s, 1)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"settings": settings, "result": result, "torch": torch.__version__}, indent=1))
+    partial.write_text(json.dumps({"settings": run.settings, "result": result, "torch": torch.__version__}, indent=1))
     os.replace(partial, path)
-    print(f"{name}: {result}", flush=True)
-    return result
+    print(f"{run.name}: {result}", flush=True)
 
 
 def train(

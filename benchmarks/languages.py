@@ -1,7 +1,7 @@
 """Formal languages (parity, (aa)*, (abab)*, a^n b^n, a^n b^n c^n, Shuffle-2) and associative recall.
 
     python -m benchmarks.languages [--json] [--quick] [--only TASK ...] [--models NAME ...] [--seeds N] [--steps N]
-                                   [--out DIR] [--page FILE]
+                                   [--jobs N] [--out DIR] [--page FILE]
 
 Hope, Transformer++ and a matrix memory learn each language from strings of up to 40 symbols and are tested up to 40
 and on 41-100; per position and by whole strings. Recall: 8 fresh pairs of 16 x 16 symbols in every sequence, at equal
@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
@@ -24,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks._runs import count_parameters, run_once, train
+from benchmarks._runs import Run, count_parameters, run_all, train
 from benchmarks._tasks import IGNORED, LANGUAGES, NUM_CLASSES, Sampler, accuracy, recall
 from kernels import MemoryRule
 from nltrain.model import LanguageModel, ModelConfig, build, preset
@@ -156,6 +157,7 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", help="names of models, as in the table")
     parser.add_argument("--seeds", type=int, default=3, help="seeds per task and model")
     parser.add_argument("--steps", type=int, default=800, help="optimizer steps per run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/languages"), help="folder of the runs' JSON")
     parser.add_argument("--page", type=Path, help="write the page here")
     args = parser.parse_args()
@@ -168,21 +170,24 @@ def main() -> int:
     if args.quick:
         args.steps, args.seeds, args.out = 3, 1, Path(scratch.name)
 
-    rows = []
+    runs = []
     for name_of_task in args.only or known:
         task = known[name_of_task]
         for name, config in task.models.items():
-            if args.models and name not in args.models:
-                continue
-            results = []
-            for seed in range(args.seeds):
+            for seed in range(args.seeds) if not args.models or name in args.models else ():
                 settings = {"model": config.to_dict(), "task": name_of_task, "seed": seed, "steps": args.steps}
                 settings |= {"lr": task.lr, "batch": task.batch}
                 slug = "".join(c if c.isalnum() else "_" for c in f"{name_of_task}-{name}-{seed}")
-                results.append(
-                    run_once(args.out, slug, settings, lambda c=config, t=task, seed=seed: one_run(
-                        c, t, seed, args.steps, 32 if args.quick else 512))
-                )  # fmt: skip
+                work = partial(one_run, config, task, seed, args.steps, 32 if args.quick else 512)
+                runs.append(Run(slug, settings, work))
+    left = iter(run_all(args.out, runs, args.jobs))
+
+    rows = []
+    for name_of_task in args.only or known:
+        for name in known[name_of_task].models:
+            if args.models and name not in args.models:
+                continue
+            results = [next(left) for _ in range(args.seeds)]
             shared = [k for k in results[0] if k != "wall_s" and all(k in r for r in results)]
             rows.append({"task": name_of_task, "model": name} | {k: mean(r[k] for r in results) for k in shared})
             rows[-1]["params"] = results[0]["params"]

@@ -1,12 +1,12 @@
 """Does a slow clock cost quality? Hope tiny, CMS periods 1 : 4 : 16 against all levels at every step, held-out loss.
 
-    python -m benchmarks.level_quality [--json] [--quick] [--folder FOLDER]
+    python -m benchmarks.level_quality [--json] [--quick] [--steps N] [--seeds N] [--jobs N] [--folder FOLDER]
 
-Three variants on three seeds, bytes of the running Python's standard library: `uniform` ticks every level at every base
-step, `periods` ticks them 1 : 4 : 16, `last_only` ticks like `periods` but keeps only the last base step's gradient of
-each window. Claims: `periods` is no worse than `uniform` by more than the seeds spread, and `last_only` is worse than
-`periods`, so the accumulation is real. Runs save themselves to FOLDER and go on from there when started again. --quick
-takes a few steps of one seed to show that the runs work; it judges nothing.
+Three variants on several seeds, bytes of the running Python's standard library: `uniform` ticks every level at every
+base step, `periods` ticks them 1 : 4 : 16, `last_only` ticks like `periods` but keeps only the last base step's
+gradient of each window. Claims: `periods` is no worse than `uniform` by more than the seeds spread, and `last_only` is
+worse than `periods`, so the accumulation is real. Runs save themselves to FOLDER and go on from there when started
+again. --quick takes a few steps of one seed to show that the runs work; it judges nothing.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks._runs import Run, run_all
 from nltrain.checkpoint import CheckpointConfig, Checkpointer
 from nltrain.data.corpus import stdlib_corpus
 from nltrain.data.store import open_store
@@ -108,10 +110,9 @@ def held_out_loss(model: LanguageModel, corpus: Corpus) -> float:
 
 
 def train(trial: Trial, corpus: Corpus, folder: Path) -> dict[str, Any]:
-    """Trains from where the last call left off; the result is kept beside the checkpoints."""
-    kept = folder / f"{trial.name}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    """Trains from where the last call left off."""
+    os.environ.setdefault("LOCAL_RANK", "0")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = model_of(trial.seed)
     scheduler = LevelScheduler(model, levels_of(trial, model), SEQ_LEN)
     saves = CheckpointConfig(url=str(folder), every_tokens=SAVE_EVERY * QUANTUM, keep_last=1)
@@ -143,7 +144,7 @@ def train(trial: Trial, corpus: Corpus, folder: Path) -> dict[str, Any]:
     checkpointer.wait()
     result = {"loss": held_out_loss(model, corpus), "counts": scheduler.counts}
     scheduler.close()
-    kept.write_text(json.dumps(result))
+    dist.destroy_process_group()
     return result
 
 
@@ -169,20 +170,19 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed; judges nothing")
     parser.add_argument("--folder", type=Path, default=Path("runs/level_quality"), help="where runs keep themselves")
     parser.add_argument("--steps", type=int, default=320, help="base steps per run")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds per variant")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core")
     arguments = parser.parse_args()
-    steps, seeds = (24, (0,)) if arguments.quick else (arguments.steps, (0, 1, 2))
-    os.environ.setdefault("LOCAL_RANK", "0")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    arguments.folder.mkdir(parents=True, exist_ok=True)
+    steps, num_seeds = (24, 1) if arguments.quick else (arguments.steps, arguments.seeds)
+    torch.set_num_threads(1)
     corpus = Corpus()
+    trials = [Trial(variant, seed, steps) for seed in range(num_seeds) for variant in VARIANTS]
+    runs = [Run(t.name, {"steps": steps}, partial(train, t, corpus, arguments.folder)) for t in trials]
     losses: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    for seed in seeds:
-        for variant in VARIANTS:
-            result = train(Trial(variant, seed, steps), corpus, arguments.folder)
-            ticks = " ".join(f"{name} {count['done']}" for name, count in result["counts"].items())
-            print(f"seed {seed} {variant:<10} {result['loss']:.4f} nats per byte; ticks: {ticks}", flush=True)
-            losses[variant].append(result["loss"])
-    dist.destroy_process_group()
+    for trial, result in zip(trials, run_all(arguments.folder, runs, arguments.jobs), strict=True):
+        ticks = " ".join(f"{name} {count['done']}" for name, count in result["counts"].items())
+        print(f"seed {trial.seed} {trial.variant:<10} {result['loss']:.4f} nats per byte; ticks: {ticks}", flush=True)
+        losses[trial.variant].append(result["loss"])
     verdict = judge(losses)
     no_worse = verdict["periods_minus_uniform"] <= verdict["seed_spread"]
     error = verdict["last_only_standard_error"]

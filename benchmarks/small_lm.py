@@ -1,6 +1,7 @@
 """Small language models on Python's standard library: Hope, its controls, its ablations and its rivals, 3 seeds each.
 
-    python -m benchmarks.small_lm [--json] [--quick] [--only NAME ...] [--seeds N] [--steps N] [--out DIR] [--page FILE]
+    python -m benchmarks.small_lm [--json] [--quick] [--only NAME ...] [--seeds N] [--steps N] [--jobs N] [--out DIR]
+                                [--page FILE]
 
 Bytes as tokens, so that torch is all it needs. Every model of a comparison sees the same batches in the same order and
 has the same parameters within 2 % (the feed-forward width evens them out). Each variant and seed is a run that writes
@@ -17,13 +18,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 from torch import Tensor
 
-from benchmarks._runs import count_parameters, run_once, train
+from benchmarks._runs import Run, count_parameters, run_all, train
 from nltrain.model import ModelConfig, build, preset
 
 VOCAB, SEQ_LEN, BATCH = 256, 256, 8
@@ -145,6 +147,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, help="seeds per variant")
     parser.add_argument("--steps", type=int, default=1500, help="optimizer steps per run")
     parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate, the same for all")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/small_lm"), help="folder of the runs' JSON")
     parser.add_argument("--page", type=Path, help="write the page here")
     args = parser.parse_args()
@@ -160,17 +163,19 @@ def main() -> int:
     windows = 8 if args.quick else 256
     entropy = unigram_entropy(*data)
 
-    summary: dict[str, dict] = {}
+    runs = []
     for name in args.only or configs:
-        config, rows = configs[name], []
         for seed in range(args.seeds):
-            settings = {"model": config.to_dict(), "seed": seed, "steps": args.steps, "lr": args.lr,
+            settings = {"model": configs[name].to_dict(), "seed": seed, "steps": args.steps, "lr": args.lr,
                         "train_bytes": len(data[0]), "windows": windows}  # fmt: skip
             slug = f"{''.join(c if c.isalnum() else '_' for c in name)}-{seed}"
-            rows.append(
-                run_once(args.out, slug, settings,
-                         lambda c=config, s=seed: one_run(c, s, args.steps, args.lr, data, windows))
-            )  # fmt: skip
+            work = partial(one_run, configs[name], seed, args.steps, args.lr, data, windows)
+            runs.append(Run(slug, settings, work))
+    results = iter(run_all(args.out, runs, args.jobs))
+
+    summary: dict[str, dict] = {}
+    for name in args.only or configs:
+        rows = [next(results) for _ in range(args.seeds)]
         losses = [row["val_loss"] for row in rows]
         summary[name] = {
             "val_loss_mean": mean(losses),

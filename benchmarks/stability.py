@@ -1,6 +1,6 @@
 """Do the default memories stay finite after training, on sequences four times as long as in training?
 
-    python -m benchmarks.stability [--json] [--quick] [--out DIR]
+    python -m benchmarks.stability [--json] [--quick] [--jobs N] [--out DIR]
 
 One layer, chunks of 1, 16, 64 and 256 tokens: 2,000 small steps on bytes of Python's standard library, then one
 sequence of at least 4,096 tokens and 32 chunks, at least four times the training length. Each chunk length is a run
@@ -13,11 +13,12 @@ import json
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks._runs import run_once, train
+from benchmarks._runs import Run, run_all, train
 from benchmarks.small_lm import VOCAB, corpus
 from kernels import MemoryRule
 from nltrain.model import build, preset
@@ -68,19 +69,21 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="two steps per chunk length, nothing kept")
     parser.add_argument("--steps", type=int, default=2000, help="optimizer steps per run")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each on one core")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/stability"), help="folder of the runs' JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)
     scratch = tempfile.TemporaryDirectory()
     if args.quick:
         args.steps, args.out = 2, Path(scratch.name)
-    results, missed = {}, []
+    runs = []
     for chunk, length in LENGTHS.items():
         test_tokens = max(1024 if args.quick else 4096, 32 * chunk if not args.quick else 0, 4 * length)
         settings = {"chunk": chunk, "steps": args.steps, "test_tokens": test_tokens}
-        result = run_once(
-            args.out, f"chunk-{chunk}", settings, lambda c=chunk, t=test_tokens: one_run(c, args.steps, t)
-        )
+        runs.append(Run(f"chunk-{chunk}", settings, partial(one_run, chunk, args.steps, test_tokens)))
+    results: dict[str, dict] = {}
+    missed = []
+    for chunk, result in zip(LENGTHS, run_all(args.out, runs, args.jobs), strict=True):
         results[str(chunk)] = result
         if not result["finite"] or not result["change_over_weight_worst"] < BOUND:
             missed.append(f"chunk {chunk}: not bounded")
