@@ -61,7 +61,7 @@ def recall_models() -> dict[str, ModelConfig]:
     """
     size = {"vocab_size": 2 * RECALL_SYMBOLS, "width": 64, "num_layers": 2, "head_dim": 32, "memory_hidden": 32}
     writing = {"chunk_mem": 4, "chunk_other": 4, "eta_max": 0.5}
-    memories = {"w2_scale": 4.0, "eta_init": 0.25, "cms_hidden": 128}
+    memories = {"w2_scale": 4.0, "eta_init": 0.25, "alpha_init": 0.999, "cms_hidden": 128}
     hope, titans = (replace(preset(name, "tiny"), **size, **memories) for name in ("hope", "titans"))
     hope = replace(hope, rule=replace(hope.rule, **writing, normalized_step=True))
     return {
