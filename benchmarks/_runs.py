@@ -93,9 +93,9 @@ def _make(folder: Path, run: Run) -> None:
 
 def train(
     model: LanguageModel, batches: Iterator[tuple[Tensor, Tensor]], num_steps: int, lr: float, *,
-    weight_decay: float = 0.1, on_step: Callable[[int, float], bool] | None = None,
+    weight_decay: float = 0.1, warmup_steps: int | None = None, on_step: Callable[[int, float], bool] | None = None,
 ) -> float:  # fmt: skip
-    """AdamW, 5 % warm-up and cosine to a tenth, clip 1, no decay on memories; the mean loss of the last tenth.
+    """AdamW, warm-up (5 %) and cosine to a tenth, clip 1, no decay on memories; the mean loss of the last tenth.
 
     on_step(step, loss) may stop the training by returning True.
     """
@@ -105,8 +105,9 @@ def train(
     groups = [{"params": others, "weight_decay": weight_decay}, {"params": memories, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
     losses: list[float] = []
+    warmup_steps = num_steps // 20 if warmup_steps is None else warmup_steps
     for step in range(num_steps):
-        warm = min(1.0, (step + 1) / max(1, num_steps // 20))
+        warm = min(1.0, (step + 1) / max(1, warmup_steps))
         factor = warm * (0.55 + 0.45 * math.cos(math.pi * step / num_steps))
         for group in optimizer.param_groups:
             group["lr"] = lr * factor
