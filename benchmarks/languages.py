@@ -32,7 +32,7 @@ from nltrain.model import LanguageModel, ModelConfig, build, preset
 
 SHORT, LONG = 40, 100
 RECALL_PAIRS, RECALL_SYMBOLS = 8, 16
-LR, WARMUP_STEPS = 5e-3, 100  # of every model; with 25 steps of warm-up recall takes half as long again, or more
+LR, WARMUP_STEPS = 5e-3, 100  # of every model; with 25 steps of warm-up recall is learned much later
 
 
 def language_models() -> dict[str, ModelConfig]:
@@ -136,8 +136,8 @@ def page(rows: list[dict], args: argparse.Namespace) -> str:
         f"# Formal languages and recall, {date.today().isoformat()}",
         "",
         f"Means over {args.seeds} seeds; {args.steps} steps of 32 strings of 4 to {SHORT} symbols, AdamW lr "
-        f"{LR:g} after {WARMUP_STEPS} steps of warm-up; recall: 64 sequences a step, {RECALL_PAIRS} pairs of {RECALL_SYMBOLS} x {RECALL_SYMBOLS} symbols, "
-        f"guessing gives {1 / RECALL_SYMBOLS:.2f}, the commonest of the values shown 0.26. "
+        f"{LR:g} after {WARMUP_STEPS} steps of warm-up; recall: 64 sequences a step, {RECALL_PAIRS} pairs of "
+        f"{RECALL_SYMBOLS} x {RECALL_SYMBOLS} symbols, guessing gives {1 / RECALL_SYMBOLS:.2f}, the commonest of the values shown 0.26. "
         f"torch {torch.__version__} on CPU. "
         "Accuracy per position (and by whole strings). Made by `python -m benchmarks.languages`.",
         "",
