@@ -137,7 +137,8 @@ def page(rows: list[dict], args: argparse.Namespace) -> str:
         "",
         f"Means over {args.seeds} seeds; {args.steps} steps of 32 strings of 4 to {SHORT} symbols, AdamW lr "
         f"{LR:g} after {WARMUP_STEPS} steps of warm-up; recall: 64 sequences a step, {RECALL_PAIRS} pairs of "
-        f"{RECALL_SYMBOLS} x {RECALL_SYMBOLS} symbols, guessing gives {1 / RECALL_SYMBOLS:.2f}, the commonest of the values shown 0.26. "
+        f"{RECALL_SYMBOLS} x {RECALL_SYMBOLS} symbols, guessing gives "
+        f"{1 / RECALL_SYMBOLS:.2f}, the commonest of the values shown 0.26. "
         f"torch {torch.__version__} on CPU. "
         "Accuracy per position (and by whole strings). Made by `python -m benchmarks.languages`.",
         "",
