@@ -16,7 +16,8 @@ from nltrain.config import ConfigError, RunConfig, to_dict
 from nltrain.data import MissingObjectError, Store, StoreError
 from nltrain.track.events import read_events, reason_of
 from nltrain.track.goodput import goodput
-from nltrain.track.metrics import MetricsLog, fetch_missing, publish, read_rows
+from nltrain.track.metrics import MetricsLog, fetch_missing, published_key, read_rows
+from nltrain.track.publisher import Publisher
 from nltrain.track.report import write_report
 from nltrain.track.status import StatusBoard, read_history
 from nltrain.track.wandb_view import open_view
@@ -31,6 +32,7 @@ class Record:
         self.wandb_id = config.name.replace("/", "-")
         self._metrics: MetricsLog | None = None
         self._status: StatusBoard | None = None
+        self._publisher: Publisher | None = None
         self._view = open_view(config.track, rank, config.name, self.wandb_id, str(self.folder), to_dict(config))
 
     def begin(
@@ -47,7 +49,8 @@ class Record:
         lost = max(0, max(before, default=0) - tokens, history.get("max_tokens", 0) - tokens)
         reason = self._why_again(history) if attempt > 1 else ""
         self._metrics = MetricsLog(self.folder, attempt)
-        self._status = StatusBoard(self.folder, self._store, name)
+        self._publisher = Publisher(self._store)
+        self._status = StatusBoard(self.folder, self._publisher, name)
         self._status.restore(history)
         self._status.begin(
             attempt=attempt,
@@ -99,12 +102,10 @@ class Record:
             self.row("goodput", tokens, **{name: value for name, value in report.items() if isinstance(value, float)})
 
     def publish(self) -> None:
-        """Copy this attempt's rows beside the checkpoints; a store that is down costs the copy, not the run."""
-        if self._metrics:
-            try:
-                publish(self._store, self._config.name, self._metrics.path)
-            except StoreError as error:
-                self.say(f"the metrics could not be copied to the store: {error}")
+        """Copy this attempt's rows beside the checkpoints, while training goes on; `close` waits for it."""
+        if self._publisher and self._metrics:
+            path = self._metrics.path
+            self._publisher.offer(published_key(self._config.name, path), path.read_bytes)
 
     def report(self) -> dict[str, Any] | None:
         """Write summary and plots; None on the other ranks, and where no step was ever logged."""
@@ -119,8 +120,8 @@ class Record:
         self._view.close(exit_code)
         if self._metrics:
             self._metrics.close()
-        if self._status:
-            self._status.close()
+        if self._publisher:
+            self._publisher.close()
 
     def _why_again(self, history: dict[str, Any]) -> str:
         """What the controller or a watchdog noted since the last attempt began."""

@@ -48,9 +48,9 @@ class MetricsLog:
         self._file.close()
 
 
-def publish(store: EventStore, run: str, path: Path) -> None:
-    """Copy an attempt's rows to `<run>/metrics/` in the store."""
-    store.put(f"{run}/{FOLDER}/{path.name}", path.read_bytes())
+def published_key(run: str, path: Path) -> str:
+    """Where the store keeps the copy of an attempt's rows."""
+    return f"{run}/{FOLDER}/{path.name}"
 
 
 def fetch_missing(store: EventStore, run: str, run_folder: str | Path) -> None:

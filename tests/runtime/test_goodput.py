@@ -1,6 +1,7 @@
 """Where the time went, from rows alone; and what `nltrain status` makes of a run's snapshot."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -9,6 +10,7 @@ from nltrain.cli import main
 from nltrain.runtime.status import StatusError, describe_status, read_status
 from nltrain.track.events import put_event, read_events, reason_of
 from nltrain.track.goodput import goodput, stragglers
+from nltrain.track.publisher import Publisher
 from nltrain.track.status import StatusBoard, read_history
 
 
@@ -113,17 +115,19 @@ def test_a_hang_explains_the_deaths_it_leads_to_and_old_events_do_not():
 
 def test_the_status_of_a_run_outlives_the_machine_that_wrote_it(tmp_path):
     store = MemoryStore()
-    board = StatusBoard(tmp_path, store, "r")
+    publisher = Publisher(store)
+    board = StatusBoard(tmp_path, publisher, "r")
     board.begin(attempt=1, time_s=1.0)
     board.update(True, tokens=100, state="training")
-    board.close()
+    publisher.close()
     history = read_history(store, "r", KeyError)
     assert (history["max_tokens"], history["attempts"]) == (100, [{"attempt": 1, "time_s": 1.0}])
-    other = StatusBoard(tmp_path / ".", store, "r")
+    publisher = Publisher(store)
+    other = StatusBoard(tmp_path / ".", publisher, "r")
     other.restore(history)
     other.begin(attempt=2, time_s=2.0)
     other.update(True, tokens=50, state="training")
-    other.close()
+    publisher.close()
     history = read_history(store, "r", KeyError)
     assert history["max_tokens"] == 100
     assert len(history["attempts"]) == 2
@@ -135,11 +139,37 @@ def test_a_store_that_fails_costs_the_view_and_not_the_run(tmp_path, capsys):
         def put(self, key, data):
             raise OSError("cut")
 
-    board = StatusBoard(tmp_path, Broken(), "r")
-    board.update(True, tokens=1, state="training")
-    board.close()
-    assert json.loads((tmp_path / "status.json").read_text())["tokens"] == 1
-    assert "status was not published (cut): training goes on" in capsys.readouterr().out
+    publisher = Publisher(Broken())
+    board = StatusBoard(tmp_path, publisher, "r")
+    for tokens in (1, 2):
+        board.update(True, tokens=tokens, state="training")
+        time.sleep(0.05)
+    publisher.close()
+    assert json.loads((tmp_path / "status.json").read_text())["tokens"] == 2
+    assert capsys.readouterr().out.count("r/status.json was not published (cut): training goes on") == 1
+
+
+def test_a_slow_store_holds_nobody_up_and_gets_the_newest_of_each_key(capsys):
+    under_way, go_on, puts = threading.Event(), threading.Event(), []
+
+    class Slow(MemoryStore):
+        def put(self, key, data):
+            under_way.set()
+            assert go_on.wait(10)
+            puts.append((key, data))
+
+    publisher = Publisher(Slow())
+    publisher.offer("a", lambda: b"1")
+    assert under_way.wait(10)
+    for value in (b"2", b"3"):
+        publisher.offer("a", lambda value=value: value)
+        publisher.offer("b", lambda value=value: value)
+    publisher.close(timeout_s=0.05)
+    assert puts == []
+    assert "did not take the run's last rows within 0.05 s" in capsys.readouterr().out
+    go_on.set()
+    publisher.close()
+    assert puts == [("a", b"1"), ("a", b"3"), ("b", b"3")]
 
 
 def snapshot(tmp_path, **values):
