@@ -179,7 +179,7 @@ def main() -> int:
         losses = [row["val_loss"] for row in rows]
         summary[name] = {
             "val_loss_mean": mean(losses),
-            "val_loss_std": stdev(losses) if len(losses) > 1 else None,
+            "val_loss_std": stdev(losses) if len(losses) > 1 and all(map(math.isfinite, losses)) else None,
             "params": rows[0]["params"],
             "tokens": rows[0]["tokens"],
         }

@@ -47,7 +47,7 @@ class MemoryRule:
     lambda_d: float = 1.0
     """Weight of the erasure in (alpha I - lambda_d eta k k^T). 1 is the paper, 0 plain gradient descent (Titans)."""
     eta_max: float | None = None
-    """Upper end of the inner learning rate. None: min(0.5, 8 / chunk)."""
+    """Upper end of the inner learning rate. None: min(0.5, 8 / chunk), a quarter of it with momentum."""
     objective: str = "l2"
     """Inner objective: "l2" is 1/2 |M(k) - target|^2, "dot" is -<M(k), target>."""
     target: str = "self"
@@ -59,7 +59,8 @@ class MemoryRule:
     normalize_target: bool = False
     """Brings the targets of d -> d memories to unit length."""
     momentum: bool = False
-    """Titans' momentum S = beta S - eta G with a data-dependent beta."""
+    """Titans' momentum S = beta S - eta G with a data-dependent beta. Steps add up to 1 / (1 - beta) of them, twice at
+    the start and more as beta is learned: without a smaller eta_max training ends in NaN."""
     writes: bool = True
     """False: no memory ever writes and the main memory is read as it was learned (a control for experiments)."""
     normalized_step: bool = False
@@ -100,7 +101,9 @@ class MemoryRule:
     @property
     def eta_limit(self) -> float:
         """Upper end of eta."""
-        return min(0.5, 8 / max(self.chunk_mem, self.chunk_other)) if self.eta_max is None else self.eta_max
+        if self.eta_max is not None:
+            return self.eta_max
+        return min(0.5, 8 / max(self.chunk_mem, self.chunk_other)) / (4 if self.momentum else 1)
 
     @property
     def chunk_min(self) -> int:

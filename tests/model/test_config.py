@@ -102,10 +102,12 @@ def test_unknown_names_are_refused() -> None:
         preset("hope", "2b")
 
 
-def test_eta_max_follows_the_longer_chunk() -> None:
+def test_eta_max_follows_the_longer_chunk_and_momentum() -> None:
     assert MemoryRule().eta_limit == 8 / 64
     assert MemoryRule(chunk_mem=256, chunk_other=16).eta_limit == 8 / 256
     assert replace(MemoryRule(), chunk_mem=4, chunk_other=4).eta_limit == 0.5
+    assert MemoryRule(momentum=True).eta_limit == 2 / 64
+    assert MemoryRule(momentum=True, eta_max=0.1).eta_limit == 0.1
 
 
 def test_model_and_kernels_need_torch_alone() -> None:
