@@ -19,8 +19,8 @@ SIZES = {
     "1p3b": (32_000, 2048, 22, 128, 128),
 }
 
-# Titans: projections are static, one memory, plain gradient descent with momentum towards v itself. Nothing is erased, so
-# it bears half the eta_max that momentum has by default: at that one of three small_lm seeds ended in NaN.
+# Titans: projections are static, one memory, plain gradient descent with momentum towards v itself. Nothing is erased,
+# so it bears half the eta_max that momentum has by default: at that one of three small_lm seeds ended in NaN.
 TITANS = MemoryRule(adaptive=(), target="value", lambda_d=0.0, momentum=True, eta_max=1 / 64)
 # Gated delta rule: S <- S (alpha I - eta k k^T) + eta v k^T, exact at any chunk length, from small weights.
 MATRIX = MemoryRule(memory="matrix", adaptive=(), target="value", objective="dot", residual=False, eta_max=1.0)
