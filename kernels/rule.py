@@ -47,7 +47,9 @@ class MemoryRule:
     lambda_d: float = 1.0
     """Weight of the erasure in (alpha I - lambda_d eta k k^T). 1 is the paper, 0 plain gradient descent (Titans)."""
     eta_max: float | None = None
-    """Upper end of the inner learning rate. None: min(0.5, 8 / chunk), a quarter of it with momentum."""
+    """Upper end of the inner learning rate. None: min(0.5, 2 / min(C, 16), 8 / C) for the longer chunk C, a quarter of
+    it with momentum. Writes of equal keys inside a chunk add up: a run of 16 equal tokens is borne whole, and the
+    usual collinearity of a chunk's keys, a C / 4th of it along one direction."""
     objective: str = "l2"
     """Inner objective: "l2" is 1/2 |M(k) - target|^2, "dot" is -<M(k), target>."""
     target: str = "self"
@@ -103,7 +105,8 @@ class MemoryRule:
         """Upper end of eta."""
         if self.eta_max is not None:
             return self.eta_max
-        return min(0.5, 8 / max(self.chunk_mem, self.chunk_other)) / (4 if self.momentum else 1)
+        chunk = max(self.chunk_mem, self.chunk_other)
+        return min(0.5, 2 / min(chunk, 16), 8 / chunk) / (4 if self.momentum else 1)
 
     @property
     def chunk_min(self) -> int:

@@ -105,6 +105,8 @@ def test_unknown_names_are_refused() -> None:
 def test_eta_max_follows_the_longer_chunk_and_momentum() -> None:
     assert MemoryRule().eta_limit == 8 / 64
     assert MemoryRule(chunk_mem=256, chunk_other=16).eta_limit == 8 / 256
+    assert MemoryRule(chunk_mem=16, chunk_other=16).eta_limit == 2 / 16
+    assert MemoryRule(chunk_mem=8, chunk_other=8).eta_limit == 2 / 8
     assert replace(MemoryRule(), chunk_mem=4, chunk_other=4).eta_limit == 0.5
     assert MemoryRule(momentum=True).eta_limit == 2 / 64
     assert MemoryRule(momentum=True, eta_max=0.1).eta_limit == 0.1

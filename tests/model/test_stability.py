@@ -20,7 +20,8 @@ def _tokens(num_tokens: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("chunk", "num_tokens"), [(1, 4096), (16, 4096), (64, 4096), (256, 8192)])
 def test_the_defaults_stay_finite_and_bounded(chunk: int, num_tokens: int) -> None:
-    model, tokens = _model(MemoryRule(chunk_mem=chunk, chunk_other=chunk)), _tokens(num_tokens)
+    rule = MemoryRule(chunk_mem=chunk, chunk_other=chunk)
+    model, tokens = _model(rule), _tokens(num_tokens)
     with torch.no_grad():
         assert model(tokens)[0].isfinite().all()
     if chunk == 1:  # figures per token would take minutes
@@ -33,7 +34,18 @@ def test_the_defaults_stay_finite_and_bounded(chunk: int, num_tokens: int) -> No
     quarter = len(change) // 4
     assert change[-quarter:].max() < 1.5 * change[quarter : 2 * quarter].max()
     assert (figures["v_over_k"] - 1).abs().max() < 1e-3
-    assert figures["eta_max"].max() <= min(0.5, 8 / chunk) and figures["alpha_min"].min() > 0.9
+    assert figures["eta_max"].max() <= rule.eta_limit and figures["alpha_min"].min() > 0.9
+
+
+@pytest.mark.parametrize(("chunk", "eta_max"), [(8, None), (16, None), (64, None), (16, 0.5)])
+def test_a_run_of_16_equal_tokens_is_borne_at_the_default_cap_and_not_at_8_over_c(
+    chunk: int, eta_max: float | None
+) -> None:
+    rule = MemoryRule(chunk_mem=chunk, chunk_other=chunk, eta_max=eta_max)
+    model = _model(rule, eta_init=0.98 * rule.eta_limit)  # training pushes eta up to its cap
+    with torch.no_grad():
+        logits = model(_tokens(128).repeat_interleave(16, 1))[0]
+    assert logits.isfinite().all() == (eta_max is None)
 
 
 def test_the_papers_letter_breaks_without_a_bound_on_v() -> None:
