@@ -1,5 +1,6 @@
 """What all tests share: one thread per process, and who runs beside whom when `make test` uses two workers."""
 
+import importlib.util
 import os
 import sys
 from multiprocessing import forkserver
@@ -10,6 +11,14 @@ import pytest
 # Before anything imports torch; children inherit it. Threads that spin for a core held by another process cost a
 # factor of three.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# Hypothesis fails an example that takes 0.2 s of wall time: on busy cores that says nothing about the code. What runs on
+# the machine of `make gpu-check`, which has torch and pytest only, does not need it.
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import settings
+
+    settings.register_profile("no deadline", deadline=None)
+    settings.load_profile("no deadline")
 
 # One worker runs the tests with clusters of their own, which mostly wait for processes to start; those with a time to
 # keep come first, while the other worker computes on one core. That one ends with the levels, on two to four ranks.

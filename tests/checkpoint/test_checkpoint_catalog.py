@@ -34,7 +34,7 @@ def write(store, tokens: int, attempt: int, run: str = "r", committed: bool = Tr
     return name
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, 50), st.integers(1, 3), st.booleans()), unique_by=lambda c: c[:2], max_size=20),
     st.integers(1, 4),

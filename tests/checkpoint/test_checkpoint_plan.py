@@ -32,7 +32,7 @@ def tables(draw):
     return found
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tables())
 def test_each_element_is_written_exactly_once_by_a_rank_that_holds_it(held):
     written = assign(held)
@@ -77,7 +77,7 @@ def test_a_fragment_that_is_no_flat_slice_is_refused_by_name(fragment, text):
         table({"layer.w": fragment})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 70_000), st.sampled_from(sorted(DTYPES))), min_size=1, max_size=6),
     st.integers(1 << 16, 1 << 18),

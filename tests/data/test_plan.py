@@ -29,7 +29,6 @@ def test_permute_moves_samples_far() -> None:
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12), st.integers(1, 5), st.integers(0, 2**64 - 1))
-@settings(deadline=None)
 def test_every_epoch_holds_every_sequence_once(sizes: list[int], window_shards: int, key: int) -> None:
     order = EpochOrder(key, np.array(sizes), window_shards)
     everything = {(shard, offset) for shard, size in enumerate(sizes) for offset in range(size)}
@@ -77,7 +76,7 @@ def consumed(first_quantum: int, num_quanta: int, quantum: int, micro: int, worl
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_exactly_once_over_ranks_and_restarts(plan: SamplePlan, data: st.DataObject) -> None:
     """Kills at any quantum, another world size and micro-batch after each: every sequence exactly once per epoch."""
     quantum = data.draw(st.integers(1, 40), "quantum")
@@ -111,7 +110,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> list[TokenDataset]:
 
 
 @given(st.lists(st.floats(0.05, 1), min_size=2, max_size=4), st.integers(0, 1000))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 def test_mixed_datasets_keep_their_shares_cursors_and_epochs(
     mixed: list[TokenDataset], weights: list[float], seed: int
 ) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nltrain.data import DataError, TokenDataset, open_store
@@ -22,7 +22,6 @@ from tests.data.support import make_dataset
     st.integers(1, 3000),
     st.sampled_from([300, 70_000]),
 )
-@settings(deadline=None)
 def test_tokens_and_boundaries_survive_packing(
     lengths: list[int], seq_len: int, bytes_per_member: int, bytes_per_shard: int, vocab_size: int
 ) -> None:
