@@ -12,8 +12,8 @@ import pytest
 # factor of three.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-# Hypothesis fails an example that takes 0.2 s of wall time: on busy cores that says nothing about the code. What runs on
-# the machine of `make gpu-check`, which has torch and pytest only, does not need it.
+# Hypothesis fails an example that takes 0.2 s of wall time: on busy cores that says nothing about the code. The
+# machine of `make gpu-check`, which has torch and pytest only, lacks it and the tests that use it.
 if importlib.util.find_spec("hypothesis"):
     from hypothesis import settings
 
