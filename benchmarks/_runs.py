@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nltrain.model import LanguageModel
+from nltrain.model import LanguageModel, ModelConfig
 
 
 class BenchmarkError(Exception):
@@ -41,10 +41,13 @@ def run_all(folder: Path, runs: Sequence[Run], num_jobs: int = 1) -> list[dict[s
         BenchmarkError: a file was made with other settings, or a run ended without a result.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    missing = [run for run in runs if _kept(folder, run) is None]
-    if missing:
-        print(f"{len(runs) - len(missing)} of {len(runs)} runs found in {folder}", flush=True)
-    waiting, under_way, done = list(missing), {}, 0
+    for run in runs:
+        if _path(folder, run).exists():
+            _read(folder, run)  # refuse at once, not after the hours that the others take
+    waiting = [run for run in runs if not _path(folder, run).exists()]
+    num_missing, under_way, done = len(waiting), {}, 0
+    if waiting:
+        print(f"{len(runs) - num_missing} of {len(runs)} runs found in {folder}", flush=True)
     began_s = time.monotonic()
     try:
         while waiting or under_way:
@@ -59,20 +62,26 @@ def run_all(folder: Path, runs: Sequence[Run], num_jobs: int = 1) -> list[dict[s
                 if process.exitcode:
                     raise BenchmarkError(f"run {run.name} ended with exit code {process.exitcode}, its error is above")
                 done += 1
-                left_s = (time.monotonic() - began_s) / done * (len(missing) - done)
-                print(f"{done} of {len(missing)} runs made, about {left_s / 60:.0f} min left", flush=True)
+                left_s = (time.monotonic() - began_s) / done * (num_missing - done)
+                print(f"{done} of {num_missing} runs made, about {left_s / 60:.0f} min left", flush=True)
     finally:
         for _, process in under_way.values():
             process.terminate()
             process.join()
-    found = [_kept(folder, run) for run in runs]
-    return [result for result in found if result is not None]
+    return [_read(folder, run) for run in runs]
 
 
-def _kept(folder: Path, run: Run) -> dict[str, Any] | None:
-    path = folder / f"{run.name}.json"
-    if not path.exists():
-        return None
+def settings_of(config: ModelConfig) -> dict[str, Any]:
+    """The config with what its rule derives: a result made under another default is refused, not read."""
+    return config.to_dict() | {"eta_limit": config.rule.eta_limit}
+
+
+def _path(folder: Path, run: Run) -> Path:
+    return folder / f"{run.name}.json"
+
+
+def _read(folder: Path, run: Run) -> dict[str, Any]:
+    path = _path(folder, run)
     found = json.loads(path.read_text())
     if found["settings"] != json.loads(json.dumps(run.settings)):
         raise BenchmarkError(f"{path} was made with other settings: move it away or choose another --out folder")
@@ -81,7 +90,7 @@ def _kept(folder: Path, run: Run) -> dict[str, Any] | None:
 
 def _make(folder: Path, run: Run) -> None:
     """Works and keeps the result atomically."""
-    path = folder / f"{run.name}.json"
+    path = _path(folder, run)
     began_s = time.monotonic()
     result = run.work()
     result["wall_s"] = round(time.monotonic() - began_s, 1)

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks._runs import Run, count_parameters, run_all, train
+from benchmarks._runs import Run, count_parameters, run_all, settings_of, train
 from benchmarks._tasks import IGNORED, LANGUAGES, NUM_CLASSES, Sampler, accuracy, recall
 from kernels import MemoryRule
 from nltrain.model import LanguageModel, ModelConfig, build, preset
@@ -178,7 +178,7 @@ def main() -> int:
         task = known[name_of_task]
         for name, config in task.models.items():
             for seed in range(args.seeds) if not args.models or name in args.models else ():
-                settings = {"model": config.to_dict(), "task": name_of_task, "seed": seed, "steps": args.steps}
+                settings = {"model": settings_of(config), "task": name_of_task, "seed": seed, "steps": args.steps}
                 settings |= {"lr": LR, "warmup_steps": WARMUP_STEPS, "batch": task.batch}
                 slug = "".join(c if c.isalnum() else "_" for c in f"{name_of_task}-{name}-{seed}")
                 work = partial(one_run, config, task, seed, args.steps, 32 if args.quick else 512)

@@ -27,14 +27,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from benchmarks._runs import Run, run_all
+from benchmarks._runs import Run, run_all, settings_of
 from nltrain.checkpoint import CheckpointConfig, Checkpointer
 from nltrain.data.corpus import stdlib_corpus
 from nltrain.data.store import open_store
 from nltrain.fragment import Fragment
 from nltrain.levels.config import LevelConfig, LevelsConfig, ScheduleConfig
 from nltrain.levels.scheduler import LevelScheduler
-from nltrain.model import LanguageModel, build, preset
+from nltrain.model import LanguageModel, ModelConfig, build, preset
 
 PERIODS = {"base": 1, "fast": 1, "mid": 4, "slow": 16}  # base steps
 VARIANTS = ("uniform", "periods", "last_only")
@@ -81,11 +81,14 @@ class Corpus:
         return self._cut(torch.randint(self.num_training, last, (NUM_HELD_OUT,), generator=generator))
 
 
-def model_of(seed: int) -> LanguageModel:
+def model_config() -> ModelConfig:
     config = preset("hope", "tiny")
-    rule = replace(config.rule, chunk_mem=16, chunk_other=16)
+    return replace(config, vocab_size=256, rule=replace(config.rule, chunk_mem=16, chunk_other=16))
+
+
+def model_of(seed: int) -> LanguageModel:
     torch.manual_seed(seed)
-    return build(replace(config, vocab_size=256, rule=rule))
+    return build(model_config())
 
 
 def levels_of(trial: Trial, model: LanguageModel) -> LevelsConfig:
@@ -180,7 +183,12 @@ def main() -> int:
     torch.set_num_threads(1)
     corpus = Corpus()
     trials = [Trial(variant, seed, steps) for seed in range(num_seeds) for variant in VARIANTS]
-    settings = {"steps": steps, "base_lr": BASE_LR, "period_exponent": PERIOD_EXPONENT}
+    settings = {
+        "model": settings_of(model_config()),
+        "steps": steps,
+        "base_lr": BASE_LR,
+        "period_exponent": PERIOD_EXPONENT,
+    }
     runs = [Run(t.name, settings, partial(train, t, corpus, arguments.folder)) for t in trials]
     losses: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     for trial, result in zip(trials, run_all(arguments.folder, runs, arguments.jobs), strict=True):

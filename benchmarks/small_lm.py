@@ -25,7 +25,7 @@ from statistics import mean, stdev
 import torch
 from torch import Tensor
 
-from benchmarks._runs import Run, count_parameters, run_all, train
+from benchmarks._runs import Run, count_parameters, run_all, settings_of, train
 from nltrain.model import ModelConfig, build, preset
 
 VOCAB, SEQ_LEN, BATCH = 256, 256, 8
@@ -166,7 +166,7 @@ def main() -> int:
     runs = []
     for name in args.only or configs:
         for seed in range(args.seeds):
-            settings = {"model": configs[name].to_dict(), "seed": seed, "steps": args.steps, "lr": args.lr,
+            settings = {"model": settings_of(configs[name]), "seed": seed, "steps": args.steps, "lr": args.lr,
                         "train_bytes": len(data[0]), "windows": windows}  # fmt: skip
             slug = f"{''.join(c if c.isalnum() else '_' for c in name)}-{seed}"
             work = partial(one_run, configs[name], seed, args.steps, args.lr, data, windows)

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks._runs import Run, run_all, train
+from benchmarks._runs import Run, run_all, settings_of, train
 from benchmarks.small_lm import VOCAB, corpus
 from kernels import MemoryRule
-from nltrain.model import build, preset
+from nltrain.model import ModelConfig, build, preset
 
 # Chunk: training length. At least eight chunks where a step stays affordable.
 LENGTHS = {1: 32, 16: 128, 64: 512, 256: 2048}
@@ -29,15 +29,18 @@ TOKENS_PER_STEP = 2048
 BOUND = 1.0
 
 
+def config_of(chunk: int) -> ModelConfig:
+    """One layer with the default rule at this chunk length."""
+    return replace(
+        preset("hope", "tiny"), vocab_size=VOCAB, width=32, head_dim=32, memory_hidden=32, num_layers=1, cms_hidden=128,
+        rule=MemoryRule(chunk_mem=chunk, chunk_other=chunk),
+    )  # fmt: skip
+
+
 def one_run(chunk: int, num_steps: int, test_tokens: int) -> dict:
     """Trains, then reads one long sequence."""
     torch.manual_seed(0)
-    rule = MemoryRule(chunk_mem=chunk, chunk_other=chunk)
-    config = replace(
-        preset("hope", "tiny"), vocab_size=VOCAB, width=32, head_dim=32, memory_hidden=32, num_layers=1, cms_hidden=128,
-        rule=rule,
-    )  # fmt: skip
-    model, (data, held_out) = build(config), corpus(2_000_000)
+    model, (data, held_out) = build(config_of(chunk)), corpus(2_000_000)
     length = LENGTHS[chunk]
     generator = torch.Generator().manual_seed(0)
 
@@ -79,7 +82,7 @@ def main() -> int:
     runs = []
     for chunk, length in LENGTHS.items():
         test_tokens = max(1024 if args.quick else 4096, 32 * chunk if not args.quick else 0, 4 * length)
-        settings = {"chunk": chunk, "steps": args.steps, "test_tokens": test_tokens}
+        settings = {"model": settings_of(config_of(chunk)), "steps": args.steps, "test_tokens": test_tokens}
         runs.append(Run(f"chunk-{chunk}", settings, partial(one_run, chunk, args.steps, test_tokens)))
     results: dict[str, dict] = {}
     missed = []

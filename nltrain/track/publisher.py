@@ -6,19 +6,14 @@ until the next success, and does not stop the run: what is published is a view o
 
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
-
-class PutStore(Protocol):
-    """The part of a store that a publisher needs."""
-
-    def put(self, key: str, data: bytes) -> None: ...
+from nltrain.track.metrics import EventStore
 
 
 class Publisher:
     """`close` it: what was offered last is only then sure to be there."""
 
-    def __init__(self, store: PutStore) -> None:
+    def __init__(self, store: EventStore) -> None:
         self._store = store
         self._changed = threading.Condition()
         self._offered: dict[str, Callable[[], bytes]] = {}
