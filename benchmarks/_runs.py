@@ -104,7 +104,8 @@ def train(
     model: LanguageModel, batches: Iterator[tuple[Tensor, Tensor]], num_steps: int, lr: float, *,
     weight_decay: float = 0.1, warmup_steps: int | None = None, on_step: Callable[[int, float], bool] | None = None,
 ) -> float:  # fmt: skip
-    """AdamW, warm-up (5 %) and cosine to a tenth, clip 1, no decay on memories; the mean loss of the last tenth.
+    """AdamW, warm-up (5 %) and cosine to a tenth, clip 1, no decay on memories; the mean loss of the last tenth, NaN as
+    soon as one loss is not finite.
 
     on_step(step, loss) may stop the training by returning True.
     """
@@ -127,6 +128,8 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         losses.append(loss.item())
+        if not math.isfinite(losses[-1]):  # nothing that follows would be a number
+            return math.nan
         if on_step is not None and on_step(step, losses[-1]):
             break
     tail = losses[-max(1, len(losses) // 10) :]

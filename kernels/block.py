@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.layout import RowMask
-from kernels.ops import activate, activation_pair, l2norm, products, triangular_inverse_times
+from kernels.ops import activate, activation_pair, l2norm, products, solve_systems, unit_and_length
 from kernels.rule import GATES, MemoryRule
 from kernels.state import Initial, Weights
 
@@ -34,19 +34,33 @@ class Decay(NamedTuple):
     keep_velocity: Any = None  # [N] weight of the incoming velocity in the outgoing one
 
 
+class Side(NamedTuple):
+    """What one block writes to one side of m memories: factors of the gradients sum_i g_i key_i^T, and the matrices."""
+
+    keys: Tensor  # [N, m, c, key]
+    gradients: Tensor  # [N, m, c, r]
+    run: Tensor  # [N, m, r, key]
+    velocity: Any  # the same, only with momentum
+    erased: bool  # whether the rank-one erasure acts; keys have unit length then
+    read: Any = None  # [N, m, c, r] keys run^T, where it is known already
+
+
 class Written(NamedTuple):
     """The writes of one block: M_t = gamma_t M_0 + sigma_t S_0 + sum_i (ratio_ti a_i + steps_ti b_i) key_i^T."""
 
-    a: Tensor  # [..., c, r]
+    a: Any  # [N, m, c, r]; None where only momentum writes
     b: Any  # the same, only with momentum
-    run: Tensor  # [..., r, key] M at the end of the block
+    run: Tensor  # [N, m, r, key] M at the end of the block
     velocity: Any
 
 
 def block_decay(rule: MemoryRule, logits: Tensor, beta_logit: Tensor | None, valid: Tensor | None) -> Decay:
     """Gate logits [N, c, 2] (eta, alpha) to decay products."""
     eta_logit, alpha_logit = logits.unbind(-1)
-    eta = rule.eta_limit * torch.sigmoid(eta_logit)
+    share = torch.sigmoid(eta_logit)
+    if rule.eta_gate == "hard":
+        share = (1.1 * share - 0.05).clamp(0, 1)
+    eta = rule.eta_limit * share
     log_alpha = F.logsigmoid(alpha_logit)
     if valid is not None:  # an empty slot neither decays nor writes
         eta, log_alpha = eta * valid, log_alpha * valid
@@ -73,52 +87,65 @@ def block_decay(rule: MemoryRule, logits: Tensor, beta_logit: Tensor | None, val
     return Decay(*common, steps, sigma, carried[:, -1] * eta, log_b[:, -1].exp())
 
 
-def _wide(x: Tensor, like: Tensor, dims: int) -> Tensor:
-    """x [N, ...] with ones inserted after N and `dims` more at the end, to broadcast against `like`."""
-    return x.view(x.shape[0], *(1,) * (like.dim() - x.dim() - dims), *x.shape[1:], *(1,) * dims)
+def _column(x: Tensor) -> Tensor:
+    """[N, c] to [N, 1, c, 1], to scale rows of [N, m, c, r]."""
+    return x[:, None, :, None]
 
 
 def _add_product(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """base + left^T right over any leading dims."""
-    flat = (t.flatten(0, -3) for t in (base, left.mT, right))
+    """base + left^T right over two leading dims."""
+    flat = (t.flatten(0, 1) for t in (base, left.mT, right))
     return torch.baddbmm(*flat).view(base.shape)
 
 
-def write(
-    rule: MemoryRule, decay: Decay, keys: Tensor, gradients: Tensor, run: Tensor, velocity: Any,
-    erase: tuple[Tensor, Tensor] | None,
-) -> Written:  # fmt: skip
-    """One block of writes with keys [..., c, key] and gradient factors [..., c, r] on run [..., r, key].
+def write(decay: Decay, lambda_d: Any, sides: list[Side]) -> list[Written]:
+    """One block of writes to all sides; lambda_d: a number, or [N, 1] where heads differ.
 
-    erase: (Gram matrix of the keys, keys @ run^T) where the rank-one erasure acts, else None.
+    Every erased memory side has a triangular system of its own; all of them are inverted together.
     """
-    last = _wide(decay.last, gradients, 1)
-    kept = _wide(decay.gamma[:, -1], run, 2) * run
-    if erase is not None:
-        gram, read = erase
-        lower = _wide((rule.lambda_d * decay.eta).unsqueeze(-1) * decay.ratio_before, gram, 0) * gram
-        seen = _wide(rule.lambda_d * decay.gamma_before, gradients, 1) * read
-    minus_eta = _wide(-decay.eta, gradients, 1)
-    if velocity is None:
-        a = minus_eta * (gradients if erase is None else gradients + seen)
-        a = a if erase is None else triangular_inverse_times(lower, a)
-        return Written(a, None, _add_product(kept, last * a, keys), None)
+    momentum = decay.steps is not None
+    erased = [side for side in sides if side.erased]
+    solved: Any = iter(())
+    if erased:
+        weight = lambda_d * decay.eta
+        scale = (weight.unsqueeze(-1) * decay.ratio_before).unsqueeze(1)
+        grams = [products(side.keys, side.keys.mT) for side in erased]
+        lower = scale * (torch.cat(grams, 1) if len(grams) > 1 else grams[0])
+        # What the erasure finds: of the matrices at the start of the block, and of the momentum's writes since.
+        seen = _column(lambda_d * decay.gamma_before)
+        found = [seen * (products(s.keys, s.run.mT) if s.read is None else s.read) for s in erased]
+        if momentum:
+            sigma = _column(lambda_d * F.pad(decay.sigma[:, :-1], (1, 0)))
+            steps = (F.pad(decay.steps[:, :-1], (0, 0, 1, 0)) * _per_head(lambda_d)).unsqueeze(1)
+            rights = [
+                f + sigma * products(side.keys, side.velocity.mT) - products(steps * gram, side.gradients)
+                for f, side, gram in zip(found, erased, grams, strict=True)
+            ]
+        else:
+            rights = [f + side.gradients for f, side in zip(found, erased, strict=True)]
+        minus_eta = _column(-decay.eta)
+        solved = iter(solve_systems(lower, [minus_eta * right for right in rights]))
+    last, kept_share = _column(decay.last), decay.gamma[:, -1].view(-1, 1, 1, 1)
+    written = []
+    for side in sides:
+        kept = kept_share * side.run
+        if not momentum:
+            a = next(solved) if side.erased else _column(-decay.eta) * side.gradients
+            written.append(Written(a, None, _add_product(kept, last * a, side.keys), None))
+            continue
+        b, a = -side.gradients, next(solved) if side.erased else None
+        velocity = decay.keep_velocity.view(-1, 1, 1, 1) * side.velocity
+        velocity = _add_product(velocity, _column(decay.last_velocity) * b, side.keys)
+        kept = kept + decay.sigma[:, -1].view(-1, 1, 1, 1) * side.velocity
+        added = _column(decay.steps[:, -1]) * b
+        added = added if a is None else added + last * a
+        written.append(Written(a, b, _add_product(kept, added, side.keys), velocity))
+    return written
 
-    b = -gradients
-    new_velocity = _wide(decay.keep_velocity, velocity, 2) * velocity
-    new_velocity = _add_product(new_velocity, _wide(decay.last_velocity, b, 1) * b, keys)
-    kept = kept + _wide(decay.sigma[:, -1], run, 2) * velocity
-    added = _wide(decay.steps[:, -1], b, 1) * b
-    a = torch.zeros_like(b)
-    if erase is not None:
-        sigma_before = F.pad(decay.sigma[:, :-1], (1, 0))
-        steps_before = F.pad(decay.steps[:, :-1], (0, 0, 1, 0))
-        own = _wide(sigma_before, gradients, 1) * (products(keys, velocity.mT)) + products(
-            _wide(steps_before, gram, 0) * gram, b
-        )
-        a = triangular_inverse_times(lower, minus_eta * (seen + rule.lambda_d * own))
-        added = added + last * a
-    return Written(a, b, _add_product(kept, added, keys), new_velocity)
+
+def _per_head(lambda_d: Any) -> Any:
+    """lambda_d to broadcast against [N, c, c]."""
+    return lambda_d.unsqueeze(-1) if isinstance(lambda_d, Tensor) else lambda_d
 
 
 class BlockStep:
@@ -142,6 +169,11 @@ class BlockStep:
         self.base = initial.weights.map(fold)
         self.slow = fold(initial.slow.transpose(0, 1))  # [N, 2, d]
         self.bias = fold(initial.bias.transpose(0, 1)).unsqueeze(1)  # [N, 1, 2]
+        rule.check_heads(self.num_heads)
+        # [N, 1] where heads differ; N runs over sequences, then heads.
+        self.lambda_d: Any = rule.lambda_d
+        if isinstance(rule.lambda_d, tuple):
+            self.lambda_d = w2.new_tensor(rule.lambda_d, dtype=dtype).repeat(num_sequences).unsqueeze(1)
         self.gate_columns = [GATES.index(name) for name in rule.gate_names]
         self.adaptive_slow = self.slow if self.num_gates == len(GATES) else self.slow[:, self.gate_columns]
         # What belongs to the main memory's schedule.
@@ -289,26 +321,25 @@ class BlockStep:
             at_k, slope = activation_pair(rule.activation, pre_k)
             at_v = None if at_v is None else activate(rule.activation, at_v)
         error, gate_error = self.errors(snap, k, v, at_k, at_v)
-        erase = None
-        if rule.lambda_d:
-            same = run is start and rule.decay == "literal"
-            erase = torch.bmm(k, k.mT), pre_k if same else torch.bmm(k, run.w2.mT)
         gradient = self.gradients(snap, error, gate_error, slope)
-        wrote = write(rule, decay, k, gradient, run.w2, speed.w2, erase)
-        new, new_speed = Weights(wrote.run), Weights(wrote.velocity)
+
+        def side(keys: Tensor, gradients: Tensor, name: str, erased: bool) -> Side:
+            """Of the weights `name`, seen as [N, m, r, key]."""
+            shape = (-1, gradients.shape[1], gradients.shape[-1], keys.shape[-1])
+            matrix, moving = getattr(run, name), None if velocity is None else getattr(velocity, name).view(shape)
+            return Side(keys, gradients, matrix.view(shape), moving, erased)
+
+        sides = [side(k.unsqueeze(1), gradient.unsqueeze(1), "w2", rule.erases)]
+        if run is start and rule.decay == "literal":  # the snapshot is what is erased
+            sides[0] = sides[0]._replace(read=pre_k.unsqueeze(1))
         if self.mlp:
-            full, gates = at_k.split([self.full_rows, self.gate_rows], -1)
-            s = full.unflatten(-1, (self.num_full, self.width)).transpose(1, 2)
-            wrote1, keys1 = self._write_output_side(decay, s, error, run.w1, speed.w1)
-            new, new_speed = new._replace(w1=wrote1.run), new_speed._replace(w1=wrote1.velocity)
-            if gate_error is not None:
-                s = gates.unflatten(-1, (self.num_gates, self.width)).transpose(1, 2)
-                e, v1 = gate_error.mT.unsqueeze(-1), None if velocity is None else velocity.g1.unsqueeze(2)
-                wrote_gate, _ = self._write_output_side(decay, s, e, run.g1.unsqueeze(2), v1)
-                new = new._replace(g1=wrote_gate.run.squeeze(2))
-                if velocity is not None:
-                    new_speed = new_speed._replace(g1=wrote_gate.velocity.squeeze(2))
-        new_velocity = None if velocity is None else new_speed
+            sides += [side(*s, rule.erases_output_side) for s in self._output_sides(at_k, error, gate_error)]
+        wrote = write(decay, self.lambda_d, sides)
+        shapes = [w for w in run if w is not None]
+        new = Weights(*(w.run.view(old.shape) for w, old in zip(wrote, shapes, strict=True)))
+        new_velocity = None
+        if velocity is not None:
+            new_velocity = Weights(*(w.velocity.view(old.shape) for w, old in zip(wrote, shapes, strict=True)))
         if rule.read == "frozen":
             return self.output(torch.bmm(q, mem2.mT), mem1, q), new, new_velocity
 
@@ -316,27 +347,35 @@ class BlockStep:
         def mem(stacked: Any, dim: int) -> Any:
             return None if stacked is None else self.split(stacked, dim)[self.num_full - 1]
 
-        part = Written(mem(wrote.a, -1), mem(wrote.b, -1), mem(run.w2, 1), mem(speed.w2, 1))
+        a, b = (None if t is None else mem(t.squeeze(1), -1) for t in (wrote[0].a, wrote[0].b))
+        part = Written(a, b, mem(run.w2, 1), mem(speed.w2, 1))
         out = self._read(decay, q, torch.bmm(q, k.mT), part, mem(self.base.w2, 1))
         if self.mlp:
-            part = Written(*(None if t is None else t.unbind(1)[-1] for t in (wrote1.a, wrote1.b, run.w1, speed.w1)))  # type: ignore[arg-type]
+            last = self.num_full - 1
+            part = Written(*(None if t is None else t[:, last] for t in (wrote[1].a, wrote[1].b, run.w1, speed.w1)))  # type: ignore[arg-type]
             s = activate(rule.activation, out)
-            out = self._read(decay, s, torch.bmm(s, keys1.unbind(1)[-1].mT), part, self.base.w1[:, -1])
+            out = self._read(decay, s, torch.bmm(s, sides[1].keys[:, last].mT), part, self.base.w1[:, last])
         return q + out if rule.residual else out, new, new_velocity
 
-    def _write_output_side(
-        self, decay: Decay, s: Tensor, error: Tensor, run: Tensor, velocity: Any
-    ) -> tuple[Written, Tensor]:
-        """Writes W1 [N, F, d, h] with hidden activations s [N, F, c, h]; returns the keys it used."""
-        if self.rule.normalized_step:
-            error = error / (1 + s.square().sum(-1, keepdim=True))
-        if not self.rule.layerwise_dgd or not self.rule.lambda_d:
-            return write(self.rule, decay, s, error, run, velocity, None), s
-        unit = l2norm(s)
-        # error s^T = (error |s|) unit^T with the |s| that l2norm divided by.
-        length = (s * unit).sum(-1, keepdim=True) / unit.square().sum(-1, keepdim=True).clamp_min(1e-30)
-        erase = (products(unit, unit.mT), products(unit, run.mT))
-        return write(self.rule, decay, unit, error * length, run, velocity, erase), unit
+    def _output_sides(self, at_k: Tensor, error: Tensor, gate_error: Any) -> list[tuple[Tensor, Tensor, str]]:
+        """Keys and gradient factors of W1: of the d -> d memories, and of the gates if any is adaptive.
+
+        at_k: hidden activations s [N, c, R]. The gradient is error s^T; with the erasure its keys are s / |s|.
+        """
+        rule = self.rule
+        s = at_k.unflatten(-1, (-1, self.width)).transpose(1, 2)  # [N, F + G, c, h]
+        scale: Any = None
+        if rule.normalized_step:
+            scale = 1 / (1 + s.square().sum(-1, keepdim=True))
+        if rule.erases_output_side:
+            s, length = unit_and_length(s)
+            scale = length if scale is None else length * scale
+        full, gates = slice(0, self.num_full), slice(self.num_full, None)
+        parts = [(s[:, full], error if scale is None else error * scale[:, full], "w1")]
+        if gate_error is not None:
+            gate_error = gate_error.mT.unsqueeze(-1)  # [N, G, c, 1]
+            parts.append((s[:, gates], gate_error if scale is None else gate_error * scale[:, gates], "g1"))
+        return parts
 
     def _read(self, decay: Decay, q: Tensor, gram: Tensor, before: Written, base: Tensor) -> Tensor:
         """W_t q_t for every token t, W_t the matrix after its own write; `before` holds W_0 and S_0."""
@@ -345,5 +384,6 @@ class BlockStep:
             out = torch.baddbmm(out, q, base.mT)
         if before.velocity is not None:
             out = out + decay.sigma.unsqueeze(-1) * (torch.bmm(q, before.velocity.mT))
-        out = torch.baddbmm(out, decay.ratio * gram, before.a)
+        if before.a is not None:
+            out = torch.baddbmm(out, decay.ratio * gram, before.a)
         return out if before.b is None else torch.baddbmm(out, decay.steps * gram, before.b)

@@ -36,10 +36,12 @@ def forward_flops_per_token(rule: MemoryRule, d: int, h: int) -> float:
         total += 2 * d * g  # slow part of the gates' errors
     total += 2 * f * out  # back through W1
     total += 2 * d * rows + 2 * f * out + (2 * g * h if mlp else 0)  # writes
-    if rule.lambda_d:
+    if rule.erases:
         total += 2 * c * d + inverse_flops(c) / c + 2 * c * rows  # Gram matrix, inverse, inverse times right-hand side
         if rule.decay == "deviation":
             total += 2 * d * rows  # what the erasure finds, apart from the prediction
+    if rule.erases_output_side:  # the same for W1: a Gram matrix of act(W2 k) and an inverse per memory
+        total += (f + g) * (2 * c * h + inverse_flops(c) / c) + 2 * c * (f * d + g) + 2 * h * (f * d + g)
     sides = 2 if rule.decay == "deviation" else 1
     if rule.read == "frozen":
         return total + 2 * (one + out)
@@ -59,9 +61,10 @@ def published_flops_per_token(rule: MemoryRule, d: int, h: int) -> float:
 def saved_bytes_per_block(tokens: int, d: int, h: int) -> float:
     """Bytes kept for the backward pass per block and head: defaults, five memories, fp32.
 
-    In fp32 values: 66 c h (13 arrays over the stacked rows 5h, one over h), 18 c d (inputs, k, v, q, errors and their
-    norms), 9.5 c^2 (decay ratios, Gram matrices, inverse, masked products; two masks of one byte), 16 d h (2 copies of
-    all matrices: the snapshot, and the state scaled by the decay), 28 c scalars.
+    In fp32 values: 66 c h (13 arrays over the stacked rows 5h, one over h), 24 c d (inputs, k, v, q, errors with their
+    norms and what W1 was written), 19.5 c^2 (decay ratios; Gram matrix and inverse of k and of every memory; masked
+    products; two masks of one byte), 18 d h (2 copies of all matrices: the snapshot, and the state scaled by the decay;
+    W1 once more for its erasure), 28 c scalars.
     """
     c = tokens
-    return 4 * (66 * c * h + 18 * c * d + 9.5 * c * c + 16 * d * h + 28 * c)
+    return 4 * (66 * c * h + 24 * c * d + 19.5 * c * c + 18 * d * h + 28 * c)

@@ -35,6 +35,12 @@ def activation_slope(rule: MemoryRule, a: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(a * 0.5**0.5)) + a * torch.exp(-0.5 * a * a) * (0.5 / torch.pi) ** 0.5
 
 
+def eta_share(rule: MemoryRule, logit: Tensor) -> Tensor:
+    """eta / eta_max in [0, 1]."""
+    share = logit.sigmoid()
+    return share if rule.eta_gate == "sigmoid" else (1.1 * share - 0.05).clamp(0, 1)
+
+
 class Memory:
     """One memory's weights, [B, H, ...]: W2 [r, d] (the only matrix of a matrix memory), W1 [d or 1, h], slow w [d]."""
 
@@ -143,6 +149,8 @@ def self_modify(
         return replaced(position % rule.chunk_other == 0, run, start, tuple(n for n in names if n != "mem"))
 
     normal = l2norm if rule.normalize_inputs else lambda x: x
+    rule.check_heads(initial.bias.shape[1])
+    lambda_d = initial.bias.new_tensor(rule.erasures).view(1, -1, 1, 1)  # [1, H or 1, 1, 1]
     outputs = []
     for t in range(num_tokens):
         if document_starts is not None:
@@ -162,7 +170,7 @@ def self_modify(
             n: (memory(start, n)(x["gate"]) if n in rule.adaptive else (slow[n] * x["gate"]).sum(-1, keepdim=True))
             + initial.bias[i, :, None] for i, n in enumerate(("eta", "alpha"))
         }  # fmt: skip
-        eta = rule.eta_limit * logit["eta"].sigmoid().unsqueeze(-1)  # [B, H, 1, 1]
+        eta = rule.eta_limit * eta_share(rule, logit["eta"]).unsqueeze(-1)  # [B, H, 1, 1]
         alpha = logit["alpha"].sigmoid().unsqueeze(-1)
 
         # Eq. 84-88: own target, gradient at the snapshot, decay and erasure on the running weights.
@@ -174,7 +182,7 @@ def self_modify(
             if rule.normalize_target and name in rule.full_names:
                 target = l2norm(target)
             g2, g1, s = memory(start, name).gradient(k, target)
-            keys: list[Any] = [k, l2norm(s) if s is not None and rule.layerwise_dgd else None]
+            keys: list[Any] = [k, l2norm(s) if s is not None and rule.erases_output_side else None]
             written[name] = []
             for i, gradient in enumerate((g2, g1)):
                 w = run[name][i]
@@ -186,8 +194,8 @@ def self_modify(
                     beta = beta_logit[:, t].sigmoid()[..., None, None]
                     step = velocity[name][i] = beta * velocity[name][i] + step
                 erased = alpha * w
-                if keys[i] is not None and rule.lambda_d:
-                    erased = erased - rule.lambda_d * eta * _outer(_apply(w, keys[i]), keys[i])
+                if keys[i] is not None and rule.erases:
+                    erased = erased - lambda_d * eta * _outer(_apply(w, keys[i]), keys[i])
                 written[name].append(erased + step)
         run = written if rule.writes else run
         position = position + 1

@@ -1,4 +1,4 @@
-"""The two differentiable pieces worth writing by hand: activation with its slope, and the triangular system.
+"""The differentiable pieces worth writing by hand: activation with its slope, unit norm, and the triangular systems.
 
 Both support first-order autograd only, which is what training needs: the second-order terms of the inner gradient are
 explicit in the outer graph, because the inner gradient is a closed form.
@@ -54,6 +54,27 @@ def l2norm(x: Tensor) -> Tensor:
     return _L2Norm.apply(x)  # type: ignore[no-any-return]
 
 
+class _UnitAndLength(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+        length = torch.sqrt((x * x).sum(-1, keepdim=True) + L2_EPS)
+        unit = x / length
+        ctx.save_for_backward(unit, length)
+        return unit, length
+
+    @staticmethod
+    def backward(ctx: Any, d_unit: Tensor, d_length: Tensor) -> Tensor:  # type: ignore[override]
+        unit, length = ctx.saved_tensors
+        # d length / d x = unit
+        along = d_length - (unit * d_unit).sum(-1, keepdim=True) / length
+        return torch.addcmul(d_unit / length, unit, along)
+
+
+def unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`l2norm(x)` and what it divided by, sqrt(|x|^2 + eps) [..., 1]: their product is x exactly."""
+    return _UnitAndLength.apply(x)  # type: ignore[no-any-return]
+
+
 class _GeluPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,32 +114,36 @@ def unit_lower_inverse(lower: Tensor) -> Tensor:
         eye = torch.eye(c, dtype=lower.dtype, device=lower.device)
         return torch.linalg.solve_triangular(lower, eye.expand_as(lower), upper=False, unitriangular=True)
     half = c // 2
-    both = torch.stack([lower[..., :half, :half], lower[..., half:, half:]])
-    first, second = unit_lower_inverse(both)
-    corner = -products(products(second, lower[..., half:, :half]), first)
-    out = torch.zeros_like(lower)
-    out[..., :half, :half], out[..., half:, half:], out[..., half:, :half] = first, second, corner
-    return out
+    upper, below = lower.split(half, -2)
+    corner, last = below.split(half, -1)
+    first, second = unit_lower_inverse(torch.stack([upper.narrow(-1, 0, half), last])).unbind()
+    corner = products(products(second, corner), first)
+    return torch.cat([F.pad(first, (0, half)), torch.cat([-corner, second], -1)], -2)
 
 
-class _TriangularInverseTimes(torch.autograd.Function):
+class _SolveSystems(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, lower: Tensor, right: Tensor) -> Tensor:
+    def forward(ctx: Any, lower: Tensor, *rights: Tensor) -> tuple[Tensor, ...]:
         inverse = unit_lower_inverse(lower)
-        x = products(inverse, right)
-        ctx.save_for_backward(inverse, x)
-        return x
+        sizes = [right.shape[1] for right in rights]
+        solved = tuple(products(i, r) for i, r in zip(inverse.split(sizes, 1), rights, strict=True))
+        ctx.save_for_backward(inverse, *solved)
+        return solved
 
     @staticmethod
-    def backward(ctx: Any, d_x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        inverse, x = ctx.saved_tensors
-        d_right = products(inverse.mT, d_x)
-        return -products(d_right, x.mT), d_right
+    def backward(ctx: Any, *d_solved: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        inverse, *solved = ctx.saved_tensors
+        inverses = inverse.split([x.shape[1] for x in solved], 1)
+        d_rights = [products(i.mT, d) for i, d in zip(inverses, d_solved, strict=True)]
+        d_lower = [products(d, x.mT) for d, x in zip(d_rights, solved, strict=True)]
+        return -(torch.cat(d_lower, 1) if len(d_lower) > 1 else d_lower[0]), *d_rights
 
 
-def triangular_inverse_times(lower: Tensor, right: Tensor) -> Tensor:
-    """(I + lower)^-1 right; lower [..., c, c] strictly lower triangular, zero elsewhere, right [..., c, r].
+def solve_systems(lower: Tensor, rights: list[Tensor]) -> tuple[Tensor, ...]:
+    """(I + lower)^-1 right for M systems that share one inversion.
 
-    The gradient of `lower` is not masked: the caller forms `lower` by multiplying with a strictly lower mask.
+    lower: [N, M, c, c], strictly lower triangular, zero elsewhere. rights: [N, m, c, r] each, the m add up to M; the
+    result has their shapes. The gradient of `lower` is not masked: the caller forms `lower` by multiplying with a
+    strictly lower mask.
     """
-    return _TriangularInverseTimes.apply(lower, right)  # type: ignore[no-any-return]
+    return _SolveSystems.apply(lower, *rights)  # type: ignore[no-any-return]

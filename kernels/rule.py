@@ -1,7 +1,8 @@
 """The rule by which a memory writes itself: every choice the paper leaves open, as one frozen config.
 
-The defaults are the ones that stay finite (bounded v, eta_max tied to the chunk, decay of the deviation, live read).
-`MemoryRule.paper_letter()` is the printed rule; it is known to diverge, see docs/deviations.md.
+The defaults are the ones that stay finite on every text that was tried (bounded v, erasure on both sides of a memory,
+eta_max tied to the chunk, decay of the deviation, live read). `MemoryRule.paper_letter()` is the printed rule and
+`MemoryRule.one_sided()` the erasure on keys alone; both are known to diverge, see docs/deviations.md.
 Names follow "Nested Learning" (arXiv 2512.24695), Eq. 83-93.
 """
 
@@ -44,12 +45,16 @@ class MemoryRule:
     """"live": token t reads the main memory after its own write. "frozen": it reads the snapshot (Eq. 90)."""
     decay: str = "deviation"
     """"deviation": alpha and the rank-one erasure act on W - W_initial. "literal": on the whole W (Eq. 88)."""
-    lambda_d: float = 1.0
-    """Weight of the erasure in (alpha I - lambda_d eta k k^T). 1 is the paper, 0 plain gradient descent (Titans)."""
+    lambda_d: float | tuple[float, ...] = 1.0
+    """Weight of the erasure in (alpha I - lambda_d eta k k^T). 1 is the paper, 0 plain gradient descent (Titans). A
+    tuple gives one weight per head: heads that track a state need lambda_d * eta above 1, heads that count need 0."""
     eta_max: float | None = None
     """Upper end of the inner learning rate. None: min(0.5, 2 / min(C, 16), 8 / C) for the longer chunk C, a quarter of
-    it with momentum. Writes of equal keys inside a chunk add up: a run of 16 equal tokens is borne whole, and the
-    usual collinearity of a chunk's keys, a C / 4th of it along one direction."""
+    it with momentum. Where nothing is erased, writes of equal keys inside a chunk add up, and this cap alone bounds
+    them for runs of up to 16 equal tokens."""
+    eta_gate: str = "sigmoid"
+    """"sigmoid": eta = eta_max sigmoid(x). "hard": eta = eta_max clamp(1.1 sigmoid(x) - 0.05, 0, 1), which reaches 0
+    and eta_max exactly: a state is tracked without drift."""
     objective: str = "l2"
     """Inner objective: "l2" is 1/2 |M(k) - target|^2, "dot" is -<M(k), target>."""
     target: str = "self"
@@ -64,11 +69,14 @@ class MemoryRule:
     """Titans' momentum S = beta S - eta G with a data-dependent beta. Steps add up to 1 / (1 - beta) of them, twice at
     the start and more as beta is learned: without a smaller eta_max training ends in NaN."""
     writes: bool = True
-    """False: no memory ever writes and the main memory is read as it was learned (a control for experiments)."""
+    """False: no memory ever writes and the main memory is read as it was learned (a control for experiments). Then
+    `adaptive` keeps at most "q": nothing else is ever read."""
     normalized_step: bool = False
     """Divides the step of W1 by 1 + |act(W2 k)|^2 (normalised least mean squares); allows a larger eta. mlp only."""
-    layerwise_dgd: bool = False
-    """Also erases on the input side of W1, along act(W2 k) / |act(W2 k)|. mlp only."""
+    layerwise_dgd: bool | None = None
+    """Also erases on the output side W1, along act(W2 k) / |act(W2 k)|, with the same lambda_d. None: wherever there is
+    an output side, that is, for memory = "mlp". Without it stale gradients of equal keys add up in W1: any text with
+    long repetitions ends in NaN at the caps of eta."""
 
     def __post_init__(self) -> None:
         _one_of(self, "memory", ("mlp", "matrix"))
@@ -77,6 +85,7 @@ class MemoryRule:
         _one_of(self, "decay", ("deviation", "literal"))
         _one_of(self, "objective", ("l2", "dot"))
         _one_of(self, "target", ("self", "value"))
+        _one_of(self, "eta_gate", ("sigmoid", "hard"))
         for name in ("chunk_mem", "chunk_other"):
             if getattr(self, name) < 1:
                 raise MemoryRuleError(f"MemoryRule.{name} = {getattr(self, name)}: give at least 1 token")
@@ -87,18 +96,23 @@ class MemoryRule:
         ordered = tuple(name for name in GENERATORS + GATES if name in self.adaptive)
         if len(ordered) != len(self.adaptive):
             raise MemoryRuleError(f"MemoryRule.adaptive = {self.adaptive}: a subset of {GENERATORS + GATES}, each once")
-        object.__setattr__(self, "adaptive", ordered)
+        object.__setattr__(self, "adaptive", ordered if self.writes else tuple(n for n in ordered if n == "q"))
         if self.layerwise_dgd and self.memory != "mlp":
             raise MemoryRuleError("MemoryRule.layerwise_dgd = True: needs memory = 'mlp', a matrix has one layer")
         if self.normalized_step and self.memory != "mlp":
             raise MemoryRuleError("MemoryRule.normalized_step = True: needs memory = 'mlp', a matrix has one layer")
         if self.eta_max is not None and not self.eta_max > 0:
             raise MemoryRuleError(f"MemoryRule.eta_max = {self.eta_max}: give a number above 0, or None")
-        if self.lambda_d < 0 or self.lambda_d * self.eta_limit > 2 + 1e-9:
-            raise MemoryRuleError(
-                f"MemoryRule.lambda_d = {self.lambda_d}: lambda_d * eta_max must lie in [0, 2] "
-                f"(eta_max is {self.eta_limit:g}), beyond it the erasure amplifies"
-            )
+        if isinstance(self.lambda_d, (tuple, list)):
+            object.__setattr__(self, "lambda_d", tuple(float(weight) for weight in self.lambda_d))
+            if not self.lambda_d:
+                raise MemoryRuleError("MemoryRule.lambda_d = (): give one number, or one per head")
+        for weight in self.erasures:
+            if not 0 <= weight * self.eta_limit <= 2 + 1e-9:
+                raise MemoryRuleError(
+                    f"MemoryRule.lambda_d = {self.lambda_d}: lambda_d * eta_max must lie in [0, 2] "
+                    f"(eta_max is {self.eta_limit:g}), beyond it the erasure amplifies"
+                )
 
     @property
     def eta_limit(self) -> float:
@@ -107,6 +121,30 @@ class MemoryRule:
             return self.eta_max
         chunk = max(self.chunk_mem, self.chunk_other)
         return min(0.5, 2 / min(chunk, 16), 8 / chunk) / (4 if self.momentum else 1)
+
+    @property
+    def erasures(self) -> tuple[float, ...]:
+        """The different weights of the erasure: one for all heads, or one per head."""
+        return self.lambda_d if isinstance(self.lambda_d, tuple) else (self.lambda_d,)
+
+    @property
+    def erases(self) -> bool:
+        """Whether any head erases."""
+        return any(self.erasures)
+
+    @property
+    def erases_output_side(self) -> bool:
+        """Whether W1 is erased too."""
+        wanted = self.memory == "mlp" if self.layerwise_dgd is None else self.layerwise_dgd
+        return wanted and self.erases
+
+    def check_heads(self, num_heads: int) -> None:
+        """Raises MemoryRuleError if a per-head option does not fit `num_heads` heads."""
+        if isinstance(self.lambda_d, tuple) and len(self.lambda_d) != num_heads:
+            raise MemoryRuleError(
+                f"MemoryRule.lambda_d = {self.lambda_d}: has {len(self.lambda_d)} values, the layer has {num_heads} "
+                f"heads; give one number, or one per head"
+            )
 
     @property
     def chunk_min(self) -> int:
@@ -148,9 +186,14 @@ class MemoryRule:
         """Eq. 83-93 as printed: unbounded v, decay of the whole weight, frozen read, chunk 16, eta up to 1."""
         letter = cls(
             chunk_mem=16, chunk_other=16, read="frozen", decay="literal", eta_max=1.0, normalize_v=False,
-            normalize_inputs=False,
+            normalize_inputs=False, layerwise_dgd=False,
         )  # fmt: skip
         return replace(letter, **changes)
+
+    @classmethod
+    def one_sided(cls, **changes: Any) -> "MemoryRule":
+        """The erasure acts on the input side alone, the default of release 0.1.0; repetitive text breaks it."""
+        return cls(**{"layerwise_dgd": False, **changes})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MemoryRule":
@@ -159,6 +202,7 @@ class MemoryRule:
         if unknown:
             raise MemoryRuleError(f"MemoryRule has no field {sorted(unknown)}")
         values = dict(values)
-        if "adaptive" in values:
-            values["adaptive"] = tuple(values["adaptive"])
+        for name in ("adaptive", "lambda_d"):
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
         return cls(**values)

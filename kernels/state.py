@@ -129,4 +129,5 @@ def gate_bias(rule: MemoryRule, eta_init: float | None, alpha_init: float) -> Te
     """[2] logits that make eta and alpha start at the given values."""
     limit = rule.eta_limit
     eta = min(0.1, limit / 2) if eta_init is None else eta_init
-    return torch.logit(torch.tensor([eta / limit, alpha_init], dtype=torch.float64))
+    share = eta / limit if rule.eta_gate == "sigmoid" else (eta / limit + 0.05) / 1.1
+    return torch.logit(torch.tensor([share, alpha_init], dtype=torch.float64))

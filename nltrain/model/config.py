@@ -42,10 +42,16 @@ class ModelConfig:
     """Names of the CMS levels, fast to slow. A single one is an ordinary feed-forward layer and belongs to base."""
     cms_variant: str = "chain"
     """"chain": level after level (Eq. 70). "independent": a learned weighted sum of parallel levels (Eq. 74)."""
+    level_mlp: str = "swiglu"
+    """"swiglu": a level is down(SiLU(gate x) * up x). "silu": down(SiLU(up x)), the two-layer perceptron."""
     cms_hidden: int | None = None
-    """Hidden width of all CMS levels of a block together. None: 4 x width, the size of one feed-forward layer."""
+    """Hidden width of all CMS levels of a block together. None: the parameters of one feed-forward layer, 8 width^2:
+    4 x width for "silu", 8/3 x width for "swiglu", in multiples of 128 (64 below a width of 512)."""
     ffn_hidden: int | None = None
     """Hidden width of the SwiGLU of `transformer`. None: as many parameters per block as Hope has."""
+    down_init: str = "zero"
+    """Output side of every feed-forward part (CMS level or SwiGLU) at the start. "zero": a block begins as its mixer
+    alone; the gate and up sides get their first gradient in the second step. "small": N(0, 1 / (4 width branches))."""
     conv_width: int = 4
     """Taps of the causal depthwise convolution on the q, k, v paths; 0 for none."""
     rope_theta: float = 10_000.0
@@ -86,6 +92,12 @@ class ModelConfig:
             )
         if self.cms_variant not in ("chain", "independent"):
             raise ModelConfigError(f"ModelConfig.cms_variant = {self.cms_variant!r}: choose chain or independent")
+        if self.level_mlp not in ("swiglu", "silu"):
+            raise ModelConfigError(f"ModelConfig.level_mlp = {self.level_mlp!r}: choose swiglu or silu")
+        if self.down_init not in ("zero", "small"):
+            raise ModelConfigError(f"ModelConfig.down_init = {self.down_init!r}: choose zero or small")
+        if self.family not in ATTENTION_FAMILIES:
+            self.rule.check_heads(self.num_heads)
         if self.cms_total < len(self.levels):
             raise ModelConfigError(f"ModelConfig.cms_hidden = {self.cms_hidden}: give at least one per level")
         if self.conv_width < 0:
@@ -103,20 +115,31 @@ class ModelConfig:
     @property
     def cms_total(self) -> int:
         """Hidden width of all CMS levels of a block together."""
-        return 4 * self.width if self.cms_hidden is None else self.cms_hidden
+        if self.cms_hidden is not None:
+            return self.cms_hidden
+        return self._round(4 * self.width if self.level_mlp == "silu" else 8 * self.width / 3)
 
     def level_hidden(self) -> dict[str, int]:
-        """Hidden width of each level, fast to slow; they add up to `cms_total`."""
-        k = len(self.levels)
-        return {name: self.cms_total * (i + 1) // k - self.cms_total * i // k for i, name in enumerate(self.levels)}
+        """Hidden width of each level, fast to slow; they add up to `cms_total`, in multiples as coarse as it is."""
+        k, total = len(self.levels), self.cms_total
+        # The largest power of two up to 128 that divides the total and leaves at least one multiple per level.
+        unit = next(u for u in (128, 64, 32, 16, 8, 4, 2, 1) if total % u == 0 and total // u >= k)
+        ends = [round(total / unit * (i + 1) / k) * unit for i in range(k)]
+        return {name: end - begin for name, begin, end in zip(self.levels, [0, *ends], ends, strict=False)}
 
     @property
     def swiglu_hidden(self) -> int:
         """Hidden width of the SwiGLU: by default the one that makes a block as large as Hope's with h = d_head."""
         if self.ffn_hidden is not None:
             return self.ffn_hidden
-        # Hope's block has 13 D^2 + 8 D h of matrices, attention uses 4 D^2 of them, SwiGLU has three matrices.
-        return max(8, round((9 * self.width + 8 * self.memory_hidden) / 3 / 8) * 8)
+        # Hope's block has 5 D^2 + 8 D h of matrices and three per level, attention uses 4 D^2, SwiGLU has three.
+        per_hidden = (3 if self.level_mlp == "swiglu" else 2) * self.cms_total / 3
+        return self._round((self.width + 8 * self.memory_hidden) / 3 + per_hidden)
+
+    def _round(self, hidden: float) -> int:
+        """To a multiple that keeps bf16 products on the fast path; a model narrower than that keeps 8."""
+        unit = 128 if self.width >= 512 else 64 if self.width >= 128 else 8
+        return max(1, round(hidden / unit)) * unit
 
     def level_patterns(self) -> dict[str, tuple[str, ...]]:
         """Patterns over `named_parameters()` per CMS level, fast to slow; everything unmatched is base."""

@@ -3,6 +3,8 @@
 Each CMS level is a module of its own under its level's name, with its norm, so that a level is a set of whole modules.
 """
 
+from dataclasses import replace
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,16 +13,20 @@ from nltrain.model.parts import LevelMix, RMSNorm
 
 
 class Level(nn.Module):
-    """One CMS level: a pre-normed two-layer SiLU perceptron; the caller adds the residual."""
+    """One CMS level: a pre-normed SwiGLU or two-layer SiLU perceptron; the caller adds the residual."""
 
     def __init__(self, config: ModelConfig, hidden: int) -> None:
         super().__init__()
         self.norm = RMSNorm(config.width, config.norm_eps)
+        self.gate = nn.Linear(config.width, hidden, bias=False) if config.level_mlp == "swiglu" else None
         self.up = nn.Linear(config.width, hidden, bias=False)
         self.down = nn.Linear(hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.up(self.norm(x))))
+        n = self.norm(x)
+        if self.gate is None:
+            return self.down(F.silu(self.up(n)))
+        return self.down(F.silu(self.gate(n)) * self.up(n))
 
 
 class CMS(nn.ModuleDict):
@@ -41,16 +47,11 @@ class CMS(nn.ModuleDict):
         return x
 
 
-class SwiGLU(nn.Module):
-    """x + W_down(SiLU(W_gate n) * W_up n), n = RMSNorm(x)."""
+class SwiGLU(Level):
+    """x + W_down(SiLU(W_gate n) * W_up n), n = RMSNorm(x): the feed-forward part of the Transformer."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.norm = RMSNorm(config.width, config.norm_eps)
-        self.gate = nn.Linear(config.width, config.swiglu_hidden, bias=False)
-        self.up = nn.Linear(config.width, config.swiglu_hidden, bias=False)
-        self.down = nn.Linear(config.swiglu_hidden, config.width, bias=False)
+        super().__init__(replace(config, level_mlp="swiglu"), config.swiglu_hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        n = self.norm(x)
-        return x + self.down(F.silu(self.gate(n)) * self.up(n))
+        return x + super().forward(x)

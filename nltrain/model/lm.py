@@ -56,6 +56,8 @@ class LanguageModel(nn.Module):
             if isinstance(module, nn.Linear):
                 into_residual = name.endswith((".out", ".down"))
                 nn.init.normal_(module.weight, std=config.width**-0.5 * 0.5 / (branches**0.5 if into_residual else 1))
+                if name.endswith(".down") and config.down_init == "zero":
+                    nn.init.zeros_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
@@ -79,8 +81,36 @@ class LanguageModel(nn.Module):
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, document_starts_BT: Tensor | None = None) -> Tensor:
         """fp32 scalar: cross entropy in nats, summed over targets != -100."""
-        hidden, _ = self._hidden(tokens_BT, document_starts_BT, None)
-        return self.embedding(hidden, targets_BT)
+        return self.loss_with_state(tokens_BT, targets_BT, document_starts_BT)[0]
+
+    def loss_with_state(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor,
+        document_starts_BT: Tensor | None = None,
+        state: LanguageModelState | None = None,
+    ) -> tuple[Tensor, LanguageModelState]:
+        """`loss` of tokens that continue `state`, and the state after the last token."""
+        hidden, state = self._hidden(tokens_BT, document_starts_BT, state)
+        return self.embedding(hidden, targets_BT), state
+
+    @torch.no_grad()
+    def read(
+        self, tokens_BT: Tensor, state: LanguageModelState | None = None, piece: int = 2048
+    ) -> tuple[Tensor, LanguageModelState]:
+        """Reads a prompt of any length in pieces of `piece` tokens: logits after its last token [B, V], and the state.
+
+        Memory is that of one piece (attention families add their keys and values). Equals one call of `forward`.
+
+        Raises:
+            ValueError: there is no token, or `piece` is not positive.
+        """
+        if tokens_BT.shape[1] < 1 or piece < 1:
+            raise ValueError(f"read: {tokens_BT.shape[1]} tokens in pieces of {piece}: both must be at least 1")
+        for part in tokens_BT.split(piece, 1):
+            hidden, state = self._hidden(part, None, state)
+        assert state is not None
+        return self.embedding(hidden[:, -1]), state
 
     @torch.no_grad()
     def diagnostics(self, tokens_BT: Tensor) -> list[dict[str, Tensor]]:
@@ -103,17 +133,17 @@ class LanguageModel(nn.Module):
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """tokens_BT and num_new_tokens sampled ones, the memories writing as they go; temperature 0 is greedy."""
-        logits, state = self(tokens_BT)
+        logits, state = self.read(tokens_BT)
         out = [tokens_BT]
         for i in range(num_new_tokens):
-            last = logits[:, -1].float()
+            last = logits.float()
             if temperature > 0:
                 token = torch.multinomial((last / temperature).softmax(-1), 1, generator=generator)
             else:
                 token = last.argmax(-1, keepdim=True)
             out.append(token)
             if i + 1 < num_new_tokens:
-                logits, state = self(token, state=state)
+                logits, state = self.read(token, state)
         return torch.cat(out, 1)
 
 

@@ -33,16 +33,16 @@ class AttentionState(NamedTuple):
 
 
 class _ShortConv(nn.Module):
-    """The convolution of the q, k, v paths with its bookkeeping; the identity when conv_width is 0."""
+    """The convolution of the q, k, v paths (q alone if `paths` is 1); the identity when conv_width is 0."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, paths: int) -> None:
         super().__init__()
-        self.taps = config.conv_width
-        self.conv = CausalConv(config.width, config.conv_width, paths=3) if config.conv_width else None
+        self.taps, self.num_paths = config.conv_width, paths
+        self.conv = CausalConv(config.width, config.conv_width, paths) if config.conv_width else None
 
     def forward(self, u: Tensor, packing: Packing, history: Tensor | None) -> tuple[Tensor, Tensor]:
         if self.conv is None:
-            return u.expand(3, *u.shape), u[:, :0]
+            return u.expand(self.num_paths, *u.shape), u[:, :0]
         if history is None:
             history = u.new_zeros(u.shape[0], self.taps - 1, u.shape[-1])
         paths = self.conv(u, history, packing.taps_seen(self.taps - 1, u.dtype))
@@ -56,9 +56,11 @@ class MemoryMixer(nn.Module):
         super().__init__()
         width = config.width
         self.config, self.rule = config, config.rule
-        self.short_conv = _ShortConv(config)
-        self.q, self.k, self.v, self.gate, self.out = (nn.Linear(width, width, bias=False) for _ in range(5))
-        self.beta = nn.Linear(width, config.num_heads) if self.rule.momentum else None
+        # Without writes nothing reads k and v.
+        self.short_conv = _ShortConv(config, paths=3 if self.rule.writes else 1)
+        self.q, self.gate, self.out = (nn.Linear(width, width, bias=False) for _ in range(3))
+        self.k, self.v = (nn.Linear(width, width, bias=False) if self.rule.writes else None for _ in range(2))
+        self.beta = nn.Linear(width, config.num_heads) if self.rule.momentum and self.rule.writes else None
         self.memories = MemoryHolder(
             self.rule, config.num_heads, config.head_dim, config.memory_hidden, config.w1_std, config.w2_scale,
             config.eta_init, config.alpha_init,
@@ -76,7 +78,7 @@ class MemoryMixer(nn.Module):
             return x.unflatten(-1, (self.config.num_heads, self.config.head_dim))
 
         q = heads(self.q(paths[0]))
-        if not self.rule.writes:
+        if self.k is None or self.v is None:
             return Inputs(q, q, q, q), history
         beta = self.beta(u) if self.beta is not None else None
         return Inputs(heads(self.k(paths[1])), heads(self.v(paths[2])), q, heads(u), beta), history
@@ -106,7 +108,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.short_conv = _ShortConv(config)
+        self.short_conv = _ShortConv(config, paths=3)
         self.q, self.k, self.v, self.out = (nn.Linear(config.width, config.width, bias=False) for _ in range(4))
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:

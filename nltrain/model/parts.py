@@ -91,6 +91,8 @@ class MemoryHolder(nn.Module):
             if mlp:
                 self.register_parameter(f"{name}_w1", nn.Parameter(torch.empty(num_heads, out, hidden)))
                 nn.init.normal_(getattr(self, f"{name}_w1"), std=w1_std)
+        if not rule.writes:  # nothing reads the gates
+            return
         for name in GATES:
             self.register_parameter(f"{name}_slow", nn.Parameter(torch.empty(num_heads, head_dim)))
             nn.init.normal_(getattr(self, f"{name}_slow"), std=0.02)
@@ -104,8 +106,12 @@ class MemoryHolder(nn.Module):
             return p.to(torch.promote_types(p.dtype, torch.float32))
 
         w2 = torch.cat([get(f"{name}_w2") for name in rule.full_names + rule.gate_names], 1)
-        slow = torch.stack([get(f"{name}_slow") for name in GATES])
-        out = [w2, slow, get("gate_bias") * 1.0]
+        if rule.writes:
+            slow, bias = torch.stack([get(f"{name}_slow") for name in GATES]), get("gate_bias") * 1.0
+        else:
+            num_heads, _, head_dim = w2.shape
+            slow, bias = w2.new_zeros(len(GATES), num_heads, head_dim), w2.new_zeros(len(GATES), num_heads)
+        out = [w2, slow, bias]
         if mlp:
             out.append(torch.stack([get(f"{name}_w1") for name in rule.full_names], 1))
         if mlp and rule.gate_names:

@@ -1,7 +1,7 @@
 """Named sizes. Hope and Transformer++ of one name have the same parameters within 2 %.
 
-From 160m on: head width and memory width 128, dense q, k, v, gate, out (5 D^2), all CMS levels together 8 D^2, tied
-embeddings of 32,000 tokens. `tiny` is for laptops and tests and keeps those proportions with smaller heads.
+From 160m on: head width and memory width 128, dense q, k, v, gate, out (5 D^2), all CMS levels together 8 D^2, every
+width a multiple of 128, tied embeddings of 32,000 tokens. `tiny` is for laptops and tests: heads of 32, wider levels.
 """
 
 from dataclasses import replace
@@ -9,14 +9,14 @@ from dataclasses import replace
 from kernels import MemoryRule
 from nltrain.model.config import FAMILIES, ModelConfig, ModelConfigError
 
-# name: (vocabulary, width, layers, head width, memory hidden width)
+# name: (vocabulary, width, layers, head width, memory hidden width, CMS hidden width or None for 8 D^2)
 # Sizes count V D + L (13 D^2 + 8 D h + small).
 SIZES = {
-    "tiny": (4_096, 160, 2, 32, 32),
-    "160m": (32_000, 768, 16, 128, 128),
-    "340m": (32_000, 1024, 21, 128, 128),
-    "760m": (32_000, 1536, 22, 128, 128),
-    "1p3b": (32_000, 2048, 22, 128, 128),
+    "tiny": (4_096, 128, 2, 32, 32, 832),
+    "160m": (32_000, 768, 16, 128, 128, None),
+    "340m": (32_000, 1024, 21, 128, 128, None),
+    "760m": (32_000, 1536, 22, 128, 128, None),
+    "1p3b": (32_000, 2048, 22, 128, 128, None),
 }
 
 # Titans: projections are static, one memory, plain gradient descent with momentum towards v itself. Nothing is erased,
@@ -32,7 +32,7 @@ def preset(family: str, name: str) -> ModelConfig:
         raise ModelConfigError(f"preset {name!r}: choose one of {', '.join(SIZES)}")
     if family not in FAMILIES:
         raise ModelConfigError(f"preset family {family!r}: choose one of {', '.join(FAMILIES)}")
-    vocab_size, width, num_layers, head_dim, hidden = SIZES[name]
+    vocab_size, width, num_layers, head_dim, hidden, cms_hidden = SIZES[name]
     config = ModelConfig(
         family=family,
         vocab_size=vocab_size,
@@ -40,6 +40,7 @@ def preset(family: str, name: str) -> ModelConfig:
         num_layers=num_layers,
         head_dim=head_dim,
         memory_hidden=hidden,
+        cms_hidden=cms_hidden,
     )
     if family == "titans":
         return replace(config, rule=TITANS, levels=("ffn",))

@@ -21,6 +21,8 @@ def _solve_flops(a: tuple[int, ...], b: tuple[int, ...], *_: object, **__: objec
         {},
         {"read": "frozen", "decay": "literal"},
         {"lambda_d": 0.0},
+        {"layerwise_dgd": False},
+        {"adaptive": ("k", "alpha")},
         {"memory": "matrix"},
         {"objective": "dot"},
         {"normalize_target": True},

@@ -25,9 +25,12 @@ OPTIONS: dict[str, dict] = {
     "momentum": {"momentum": True},
     "matrix": {"memory": "matrix"},
     "no_residual": {"residual": False},
-    "layerwise_dgd": {"layerwise_dgd": True},
+    "erasure_on_keys_alone": {"layerwise_dgd": False},
+    "erasure_by_head": {"eta_max": 0.1, "lambda_d": (20.0, 0.0)},
+    "erasure_by_head_with_momentum": {"eta_max": 0.1, "lambda_d": (0.0, 8.0), "momentum": True},
+    "hard_gate": {"eta_gate": "hard"},
     "normalized_step": {"normalized_step": True},
-    "layerwise_normalized_step": {"layerwise_dgd": True, "normalized_step": True},
+    "normalized_step_erasure_on_keys_alone": {"layerwise_dgd": False, "normalized_step": True},
     "dot": {"objective": "dot"},
     "normalized_target": {"normalize_target": True},
     "unbounded_v": {"normalize_v": False, "eta_max": 0.02},
@@ -45,9 +48,10 @@ OPTIONS: dict[str, dict] = {
 
 # Factors of the pairwise cover: every pair of values of two different factors occurs in some rule.
 FACTORS: dict[str, list[dict]] = {
-    "memory": [{"memory": "mlp"}, {"memory": "matrix"}, {"layerwise_dgd": True}],
+    "memory": [{"memory": "mlp"}, {"memory": "matrix"}, {"layerwise_dgd": False}],
     "momentum": [{"momentum": False}, {"momentum": True}],
-    "erasure": [{"lambda_d": 1.0}, {"lambda_d": 0.0}, {"lambda_d": 20.0}],
+    "erasure": [{"lambda_d": 1.0}, {"lambda_d": 0.0}, {"lambda_d": 20.0}, {"lambda_d": (20.0, 0.0)}],
+    "eta_gate": [{"eta_gate": "sigmoid"}, {"eta_gate": "hard"}],
     "v": [{"normalize_v": True}, {"normalize_v": False}],
     "normalized_target": [{"normalize_target": False}, {"normalize_target": True}],
     "target": [{"target": "self"}, {"target": "value"}],
@@ -96,6 +100,8 @@ NAMED: dict[str, MemoryRule] = {
     "state_tracking": MemoryRule(chunk_mem=16, chunk_other=16, eta_max=0.1, lambda_d=20.0),
     "titans": MemoryRule(adaptive=(), target="value", lambda_d=0.0, momentum=True, eta_max=0.05),
     "two_schedules": MemoryRule(chunk_mem=256, chunk_other=16),
+    "one_sided": MemoryRule.one_sided(),
+    "states_and_counts": MemoryRule(eta_max=0.1, lambda_d=(20.0, 0.0), eta_gate="hard", chunk_mem=16, chunk_other=16),
 }
 
 
@@ -119,14 +125,12 @@ def test_each_option_equals_the_token_loop(option: str, chunk_tokens: int) -> No
 
 @pytest.mark.parametrize("changes", PAIRWISE, ids=lambda c: "-".join(str(v) for v in c.values())[:60])
 def test_every_pair_of_options_equals_the_token_loop(changes: dict) -> None:
-    if changes.get("layerwise_dgd"):
-        changes = {**changes, "memory": "mlp"}
     _check(make_case(MemoryRule(**changes), 37, 2, documents=0.06, seed=3))
 
 
 @pytest.mark.parametrize("name", NAMED)
 def test_a_thousand_tokens_equal_the_token_loop(name: str) -> None:
-    case = make_case(NAMED[name], 1000, 2, num_heads=1, documents=0.01)
+    case = make_case(NAMED[name], 1000, 2, num_heads=len(NAMED[name].erasures), documents=0.01)
     assert case.document_starts is not None
     case.document_starts[0] = False  # one row without a document start, one packed
     _check(case)

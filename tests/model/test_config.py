@@ -24,7 +24,12 @@ def test_presets_are_as_large_as_named_and_as_their_rival(name: str) -> None:
         assert abs(hope / NAMED[name] - 1) < 0.02 and abs(transformer / NAMED[name] - 1) < 0.02
         config = preset("hope", name)
         assert config.head_dim == config.memory_hidden == 128 and config.vocab_size == 32_000
-        assert sum(config.level_hidden().values()) == 4 * config.width
+        widths = [*config.level_hidden().values(), preset("transformer", name).swiglu_hidden, config.width]
+        assert all(width % 128 == 0 for width in widths), widths  # bf16 products stay on the fast path
+        assert abs(3 * sum(config.level_hidden().values()) / (8 * config.width) - 1) < 0.02
+    else:
+        widths = [*preset("hope", name).level_hidden().values(), preset("transformer", name).swiglu_hidden]
+        assert all(width % 64 == 0 for width in widths), widths
 
 
 def test_the_table_prints() -> None:
@@ -41,7 +46,8 @@ def test_level_patterns_match_whole_levels_and_nothing_twice(name: str) -> None:
         owners = [level for level, ps in patterns.items() if any(fnmatch(parameter_name, p) for p in ps)]
         assert len(owners) == (1 if any(f".cms.{level}." in parameter_name for level in patterns) else 0)
     for level in patterns:
-        assert sum(f".cms.{level}." in n for n in names) == 3 * config.num_layers
+        per_level = 4 if config.level_mlp == "swiglu" else 3  # norm, gate, up, down
+        assert sum(f".cms.{level}." in n for n in names) == per_level * config.num_layers
 
 
 def test_levels_go_from_fast_to_slow_in_the_chain() -> None:
@@ -68,6 +74,8 @@ def test_a_config_survives_json(family: str) -> None:
         ("truncate_chunks", 0),
         ("conv_width", -1),
         ("num_layers", 0),
+        ("level_mlp", "gelu"),
+        ("down_init", "large"),
     ],
 )
 def test_a_wrong_model_option_is_refused_by_name(field: str, value: object) -> None:
@@ -86,11 +94,19 @@ def test_a_wrong_model_option_is_refused_by_name(field: str, value: object) -> N
         ("adaptive", {"adaptive": ("k", "k")}),
         ("layerwise_dgd", {"memory": "matrix", "layerwise_dgd": True}),
         ("read", {"read": "late"}),
+        ("eta_gate", {"eta_gate": "soft"}),
+        ("lambda_d", {"lambda_d": (1.0, -1.0)}),
+        ("lambda_d", {"lambda_d": ()}),
     ],
 )
 def test_a_wrong_memory_option_is_refused_by_name(field: str, changes: dict) -> None:
     with pytest.raises(MemoryRuleError, match=field):
         MemoryRule(**changes)
+
+
+def test_a_weight_per_head_must_fit_the_heads() -> None:
+    with pytest.raises(MemoryRuleError, match=r"lambda_d .* 3 values, the layer has 2 heads"):
+        small("hope", rule=MemoryRule(lambda_d=(1.0, 0.0, 1.0)))
 
 
 def test_unknown_names_are_refused() -> None:

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nltrain.model import LanguageModel, ModelConfig, build
 from tests.kernels.helpers import DEVICE
@@ -84,9 +85,21 @@ def test_a_token_changes_no_output_before_it(name: str, pieces: list[int] | None
 @pytest.mark.parametrize("name", ALL_CONFIGS)
 def test_every_parameter_has_a_finite_gradient_that_is_not_zero(name: str) -> None:
     config = ALL_CONFIGS[name]
-    assert config.w1_std == 0.02
+    assert config.w1_std == 0.02 and config.down_init == "zero"
     model = _model(config)
     tokens = _tokens(2, 5 * 8)
+    model.loss(tokens, tokens.roll(-1, 1)).backward()
+    # `down` starts from zero: what lies before it gets its gradient once `down` has moved, and not earlier.
+    before_down = [n for n, _ in model.named_parameters() if n.endswith((".gate.weight", ".up.weight", ".norm.weight"))]
+    before_down = [n for n in before_down if ".cms." in n or ".ffn." in n]
+    assert before_down
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name in before_down:
+            assert not parameter.grad.any(), parameter_name
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter -= 0.01 * parameter.grad / parameter.grad.norm().clamp_min(1e-9)
+            parameter.grad = None
     model.loss(tokens, tokens.roll(-1, 1)).backward()
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
@@ -154,6 +167,52 @@ def test_greedy_generation_equals_scoring_the_whole_prefix(family: str) -> None:
     assert torch.equal(out[:, :11], prompt) and out.shape == (2, 23)
     for t in range(11, 23):
         assert torch.equal(model(out[:, :t])[0][:, -1].argmax(-1), out[:, t])
+
+
+@pytest.mark.parametrize("name", ALL_CONFIGS)
+def test_a_prompt_read_in_pieces_equals_one_call(name: str) -> None:
+    model = _model(ALL_CONFIGS[name])
+    tokens = _tokens()
+    want = model(tokens)[0][:, -1]
+    for piece in (1, 7, 16, 100):
+        logits, state = model.read(tokens, piece=piece)
+        torch.testing.assert_close(logits, want, rtol=1e-11, atol=1e-11)
+        assert (state.position == NUM_TOKENS).all()
+    with pytest.raises(ValueError, match="at least 1"):
+        model.read(tokens[:, :0])
+
+
+def test_reading_a_prompt_costs_the_memory_of_one_piece() -> None:
+    """The largest tensor of a call does not grow with the prompt, whatever its length."""
+
+    class Largest(TorchDispatchMode):
+        values = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                self.values = max(self.values, out.numel())
+            return out
+
+    model, found = _model(small("hope")), []
+    for num_tokens in (64, 1024):
+        with Largest() as largest:
+            model.read(_tokens(1, num_tokens), piece=32)
+        found.append(largest.values)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("name", ["hope", "hope_momentum", "transformer_conv"])
+def test_the_loss_in_pieces_equals_the_loss_in_one_call(name: str) -> None:
+    model = _model(ALL_CONFIGS[name])
+    tokens, starts = _tokens(), _starts()
+    targets = tokens.roll(-1, 1)
+    want, total, state, begin = model.loss(tokens, targets, starts), 0.0, None, 0
+    for length in PIECES:
+        span = slice(begin, begin + length)
+        loss, state = model.loss_with_state(tokens[:, span], targets[:, span], starts[:, span], state)
+        total, begin = total + loss, begin + length
+    torch.testing.assert_close(total, want, rtol=1e-6, atol=1e-6)
 
 
 def test_sampling_follows_its_generator() -> None:
