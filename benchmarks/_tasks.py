@@ -60,19 +60,28 @@ def shuffle2(length: int, count: int, generator: Generator) -> tuple[Tensor, Ten
     return tokens, targets
 
 
-def recall(num_pairs: int, num_symbols: int) -> Sampler:
+def recall(num_pairs: int, num_symbols: int, num_overwritten: int = 0) -> Sampler:
     """Multi-query associative recall: fresh pairs, then all keys in a random order; class of a key: its value.
 
-    Keys of a sequence differ, values may repeat. No answer is shown, so that none can be had by elimination.
+    Keys of a sequence differ, values may repeat. No answer is shown, so that none can be had by elimination. With
+    `num_overwritten` that many of the keys, in a random order, get another value after all pairs; the last one counts.
     """
 
     def sample(_: int, count: int, generator: Generator) -> tuple[Tensor, Tensor]:
         keys = torch.rand(count, num_symbols, generator=generator).argsort(1)[:, :num_pairs]
         values = torch.randint(0, num_symbols, (count, num_pairs), generator=generator) + num_symbols
+        shown = torch.stack([keys, values], -1).flatten(1)
+        if num_overwritten:
+            again = torch.rand(count, num_pairs, generator=generator).argsort(1)[:, :num_overwritten]
+            # Another value than the first one: a step of 1 to num_symbols - 1 around the circle of values.
+            step = torch.randint(1, num_symbols, (count, num_overwritten), generator=generator)
+            new = (values.gather(1, again) - num_symbols + step) % num_symbols + num_symbols
+            values = values.scatter(1, again, new)
+            shown = torch.cat([shown, torch.stack([keys.gather(1, again), new], -1).flatten(1)], 1)
         order = torch.rand(count, num_pairs, generator=generator).argsort(1)
-        tokens = torch.cat([torch.stack([keys, values], -1).flatten(1), keys.gather(1, order)], 1)
-        targets = torch.full((count, 3 * num_pairs), IGNORED)
-        targets[:, 2 * num_pairs :] = values.gather(1, order)
+        tokens = torch.cat([shown, keys.gather(1, order)], 1)
+        targets = torch.full_like(tokens, IGNORED)
+        targets[:, shown.shape[1] :] = values.gather(1, order)
         return tokens, targets
 
     return sample

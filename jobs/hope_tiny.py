@@ -18,8 +18,9 @@ from nltrain.runtime.config import ClusterConfig
 from nltrain.runtime.launch import main
 from nltrain.track.config import TrackConfig
 
-QUANTUM = 2048  # tokens: 8 sequences of 256
-TOTAL_TOKENS = 600 * QUANTUM
+SEQ_LEN = 1024  # 16 chunks: writes are read long after they were made
+QUANTUM = 4 * SEQ_LEN
+TOTAL_TOKENS = 450 * QUANTUM
 
 model = preset("hope", "tiny")
 patterns = model.level_patterns()
@@ -33,7 +34,7 @@ config = RunConfig(
     name="hope-tiny",
     output="/tmp/nltrain/hope-tiny",
     model=model,
-    data=DataConfig(prefix="", seq_len=256, buffer_bytes=16 << 20),
+    data=DataConfig(prefix="", seq_len=SEQ_LEN, buffer_bytes=16 << 20),
     levels=LevelsConfig(
         levels=(
             level("base", QUANTUM, zero_stage=2),
@@ -48,9 +49,9 @@ config = RunConfig(
     checkpoint=CheckpointConfig(url="/tmp/nltrain/checkpoints", every_tokens=50 * QUANTUM, keep_last=3),
     train=TrainConfig(
         total_tokens=TOTAL_TOKENS,
-        micro_batch_size=4,
+        micro_batch_size=2,
         validate_every_tokens=100 * QUANTUM,
-        validation_sequences=64,
+        validation_sequences=24,
         sample_tokens=64,
     ),
     track=TrackConfig(log_every_quanta=5),

@@ -63,7 +63,7 @@ class Demo:
                 )
                 _say(f"Ray cluster up, jobs at {cluster.job_address}")
                 prepare = ["vocab_size=4096", f"tokenizer_training_bytes={4 << 20}"]
-                prepare += ["prepare.seq_len=256", "prepare.validation_fraction=0.02"]
+                prepare += ["prepare.seq_len=1024", "prepare.validation_fraction=0.02"]
                 self._submit(
                     cluster,
                     ["jobs/prepare_shards.py", f"input={self._corpus()}", f"output=s3://{BUCKET}/corpus", *prepare],

@@ -18,15 +18,14 @@ from nltrain.runtime.processes import Owner, wait_gone
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "nltrain-test"
-SEQ_LEN, QUANTUM = 64, 512
+SEQ_LEN = 1024
+QUANTUM = 5 * SEQ_LEN  # two ranks, 3 and 2 sequences
 SMALL = (
     "model.vocab_size=512",
     "model.width=32",
     "model.num_layers=1",
     "model.head_dim=16",
     "model.memory_hidden=16",
-    "model.rule.chunk_mem=16",
-    "model.rule.chunk_other=16",
     f"data.seq_len={SEQ_LEN}",
     f"levels.quantum_tokens={QUANTUM}",
     f"levels.levels.base.period_tokens={QUANTUM}",
