@@ -2,9 +2,9 @@
 
     python -m benchmarks.level_quality [--json] [--quick] [--steps N] [--seeds N] [--jobs N] [--folder FOLDER]
 
-Three variants on several seeds, bytes of the running Python's standard library: `uniform` ticks every level at every
-base step, `periods` ticks them 1 : 4 : 16, `last_only` ticks like `periods` but keeps only the last base step's
-gradient of each window. A level of period p learns at sqrt(p) times the base's rate, as a mean of p gradients is that
+Three variants on several seeds, bytes of the running Python's standard library in sequences of 1,024: `uniform` ticks
+every level at every base step, `periods` ticks them 1 : 4 : 16, `last_only` ticks like `periods` but keeps only the
+last base step's gradient of each window. A level of period p learns at sqrt(p) times the base's rate, as a mean of p gradients is that
 much less noisy: what accumulation buys. Claims: `periods` is no worse than `uniform` by more than the seeds spread, and
 `last_only` is worse than `periods`, so the accumulation is real. Runs save themselves to FOLDER and go on from there
 when started again. --quick takes a few steps of one seed to show that the runs work; it judges nothing.
@@ -38,7 +38,7 @@ from nltrain.model import LanguageModel, ModelConfig, build, preset
 
 PERIODS = {"base": 1, "fast": 1, "mid": 4, "slow": 16}  # base steps
 VARIANTS = ("uniform", "periods", "last_only")
-SEQ_LEN, NUM_SEQUENCES, NUM_HELD_OUT = 64, 8, 128
+SEQ_LEN, NUM_SEQUENCES, NUM_HELD_OUT = 1024, 2, 48
 QUANTUM = SEQ_LEN * NUM_SEQUENCES
 BASE_LR, PERIOD_EXPONENT = 4e-3, 0.5  # a level's peak rate is BASE_LR * period^PERIOD_EXPONENT
 CORPUS_BYTES = 4_000_000
@@ -82,8 +82,8 @@ class Corpus:
 
 
 def model_config() -> ModelConfig:
-    config = preset("hope", "tiny")
-    return replace(config, vocab_size=256, rule=replace(config.rule, chunk_mem=16, chunk_other=16))
+    """One layer of Hope tiny over bytes; chunks of 64, so that a sequence holds 16 of them."""
+    return replace(preset("hope", "tiny"), vocab_size=256, num_layers=1)
 
 
 def model_of(seed: int) -> LanguageModel:

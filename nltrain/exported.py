@@ -24,7 +24,7 @@ def load_model(folder: str | PathLike[str], device: str | torch.device = "cpu") 
     """
     path = Path(folder) / CONFIG
     try:
-        config = ModelConfig.from_dict(json.loads(path.read_text())["model"])
+        config = ModelConfig.from_saved(json.loads(path.read_text())["model"])
     except (OSError, ValueError, KeyError, TypeError, ModelConfigError) as error:
         raise MismatchError(f"{path}: no model of an export ({type(error).__name__}: {error})") from None
     model = build(config)

@@ -14,6 +14,9 @@ ATTENTION_FAMILIES = ("hope_attention", "transformer")
 # Child names of the CMS module that are not levels.
 RESERVED_LEVEL_NAMES = ("mix", "base", "rest")
 
+# What release 0.1.0, which had no such fields, did.
+BEFORE_FIELDS = {"level_mlp": "silu", "down_init": "small"}
+
 
 class ModelConfigError(ValueError):
     """A model option outside its range; the message names the field, its value and the remedy."""
@@ -150,6 +153,11 @@ class ModelConfig:
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able dict."""
         return asdict(self)
+
+    @classmethod
+    def from_saved(cls, values: dict[str, Any]) -> "ModelConfig":
+        """`from_dict` of what a run saved: a field that its release did not have takes the value it had in effect."""
+        return cls.from_dict(BEFORE_FIELDS | values)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":

@@ -62,6 +62,14 @@ def test_a_config_survives_json(family: str) -> None:
     assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
+def test_a_config_saved_before_a_field_existed_gives_the_model_of_then() -> None:
+    saved = small("hope", level_mlp="silu", down_init="small").to_dict()
+    then = ModelConfig.from_dict(saved)
+    del saved["level_mlp"], saved["down_init"]
+    assert ModelConfig.from_saved(saved) == then
+    assert ModelConfig.from_dict(saved).level_mlp == "swiglu"
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
