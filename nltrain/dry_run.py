@@ -91,6 +91,7 @@ def dry_run(config: RunConfig) -> str:
             f"{level.name:<10}{part.num_parameters:>15,}{level.period_tokens:>14,}{updates:>10,}  "
             f"{level.zero_stage:>4}{level.lr:>10.2g}{level.weight_decay:>8.2g}{clip:>6}"
         )
+    lines += ["", *(f"{part.config.name}: {part.describe_decay()}" for part in parts)]
     cut = cut_quantum(config.quantum_tokens // config.data.seq_len, config.train.micro_batch_size, world_size)
     step_tokens = [sum(len(sequences) for sequences in step) * config.data.seq_len for step in cut]
     lines += [

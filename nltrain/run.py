@@ -327,7 +327,7 @@ class Run:
             self.record.say(
                 f"level {row['name']}: {row['num_parameters']:,} parameters, every {row['period_tokens']:,} tokens "
                 f"(phase {row['phase_tokens']:,}), {row['optimizer']} lr {row['lr']:g}, ZeRO-{row['zero_stage']} "
-                f"({row['mode']})"
+                f"({row['mode']}), {row['decay']}"
             )
 
     def _save_for_good(self) -> None:

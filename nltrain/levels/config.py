@@ -10,6 +10,10 @@ from dataclasses import dataclass, field, replace
 
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
+VECTORS = "vectors"
+"""As a member of no_decay: every parameter of fewer than two dimensions."""
+NO_DECAY = (VECTORS, "*bias", "*norm.*", "*conv.*", "*memories.*")
+"""What is not decayed by default: vectors and scalars, biases of any shape, norms, convolutions, memories."""
 
 
 class LevelsError(ValueError):
@@ -89,6 +93,8 @@ class LevelConfig:
     """sgd only: momentum per tick, in [0, 1)"""
     weight_decay: float = 0.0
     """decoupled, per base period: a tick multiplies weights by (1 - lr weight_decay)^(window tokens / base period)"""
+    no_decay: tuple[str, ...] = NO_DECAY
+    """fnmatch patterns over named_parameters() that weight_decay leaves alone; "vectors": all below two dimensions"""
     clip_norm: float | None = 1.0
     """clips the level's mean gradient over the window to this norm; None does not clip"""
     zero_stage: int = 1
@@ -106,6 +112,9 @@ class LevelConfig:
             self, "parameters", (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
         )
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(
+            self, "no_decay", (self.no_decay,) if isinstance(self.no_decay, str) else tuple(self.no_decay)
+        )
         need = lambda ok, name, remedy: _require(ok, where, name, getattr(self, name), remedy)  # noqa: E731
         need(bool(self.name) and "/" not in self.name, "name", "must be a non-empty string without '/'")
         need(bool(self.parameters), "parameters", 'give at least one pattern, or ("rest",)')

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from nltrain.fragment import Fragment
 from nltrain.levels.config import LevelsConfig, LevelsError
-from nltrain.levels.layout import FlatLayout, Layout, RowLayout, read_parameter
+from nltrain.levels.layout import FlatLayout, Layout, RowLayout, joined, read_parameter
 from nltrain.levels.ledger import CONTROL, STATE, WEIGHTS, Ledger
 from nltrain.levels.offload import HostMemory
 from nltrain.levels.plan import LevelPart
@@ -95,7 +95,7 @@ class LevelEngine:
         self.name, self.stage = part.config.name, part.config.zero_stage
         self.mode = MODES[self.stage]
         self.names = [name for name, _ in part.parameters]
-        self.num_parameters = part.num_parameters
+        self.num_parameters, self.decay = part.num_parameters, part.describe_decay()
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._measure = levels.measure_changes and not self.config.frozen
         self._shapes = {name: parameter.shape for name, parameter in part.parameters}
@@ -109,6 +109,8 @@ class LevelEngine:
         )
         self.layouts = [self._layout(group, master) for group, master in zip(groups, self.masters, strict=True)]
         self._pieces = [layout.pieces(self.rank) for layout in self.layouts]
+        decayed = [{i for i, name in enumerate(names) if name not in part.spared} for names in self.group_names]
+        self._decayed = [joined(pieces, wanted) for pieces, wanted in zip(self._pieces, decayed, strict=True)]
         self._write_masters(originals)
         del originals
 
@@ -246,7 +248,7 @@ class LevelEngine:
             setattr(module._parameters, "_in_forward", on)  # noqa: B010 - an attribute of deepspeed's dict
 
     def step(self, lr: float, decay: float, num_targets: Tensor) -> Step:
-        """Mean over the window, clip, optimizer step, gather. `decay` multiplies the weights; one host sync."""
+        """Mean over the window, clip, optimizer step, gather. `decay` multiplies what decays; one host sync."""
         assert self.window is not None
         started_s = time.perf_counter()
         self.wake()
@@ -274,8 +276,9 @@ class LevelEngine:
         for group in optimizer.param_groups:
             group["lr"] = lr
         if decay != 1.0:
-            for master in self.masters:
-                master.data.mul_(decay)
+            for master, slices in zip(self.masters, self._decayed, strict=True):
+                for offset, length in slices:
+                    master.data.narrow(0, offset, length).mul_(decay)
         self._zero.averaged_gradients = {
             i: [gradient] if self.stage == 3 else GradPartitionBufferGroup([gradient], gradient)
             for i, gradient in enumerate(gradients)

@@ -5,7 +5,7 @@ whose row r is what rank r owns after a reduce-scatter. ZeRO 1 and 2 concatenate
 equal shards (`FlatLayout`); ZeRO-3 cuts every parameter by itself (`RowLayout`). Both are pure index arithmetic.
 """
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -98,6 +98,19 @@ class RowLayout:
             if start < numel:
                 found.append(Piece(index, offset, start, min(chunk, numel - start)))
         return found
+
+
+def joined(pieces: Sequence[Piece], wanted: Container[int]) -> list[tuple[int, int]]:
+    """(offset, length) of the longest slices of a shard that hold nothing but the parameters in `wanted`."""
+    found: list[tuple[int, int]] = []
+    for piece in pieces:
+        if piece.parameter not in wanted:
+            continue
+        if found and sum(found[-1]) == piece.offset:
+            found[-1] = (found[-1][0], found[-1][1] + piece.length)
+        else:
+            found.append((piece.offset, piece.length))
+    return found
 
 
 def add_parameter(layout: Layout, buffer: Tensor, index: int, value: Tensor) -> None:

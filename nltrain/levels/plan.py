@@ -5,13 +5,13 @@ module that holds parameters directly belongs to one level, because a ZeRO engin
 such a module may not contain another level's modules either.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from nltrain.levels.config import LevelConfig, LevelsError
+from nltrain.levels.config import NO_DECAY, VECTORS, LevelConfig, LevelsError
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,30 @@ class LevelPart:
     config: LevelConfig
     parameters: tuple[tuple[str, nn.Parameter], ...]
     modules: tuple[nn.Module, ...]
+    spared: Mapping[str, str] = field(default_factory=dict)
+    """{name: the pattern of no_decay that leaves it alone}; every other parameter decays"""
 
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for _, parameter in self.parameters)
+
+    @property
+    def num_decayed(self) -> int:
+        """Elements that weight decay multiplies at a tick; 0 where the level has none or is frozen."""
+        if self.config.frozen or not self.config.weight_decay:
+            return 0
+        return sum(parameter.numel() for name, parameter in self.parameters if name not in self.spared)
+
+    def describe_decay(self) -> str:
+        """How much of the level decays and which pattern spares how much of the rest, for the plan and the log."""
+        if self.config.frozen or not self.config.weight_decay:
+            return "no decay"
+        spared: dict[str, int] = {}
+        for name, parameter in self.parameters:
+            if name in self.spared:
+                spared[self.spared[name]] = spared.get(self.spared[name], 0) + parameter.numel()
+        text = f"decay {self.config.weight_decay:g} on {self.num_decayed:,} of {self.num_parameters:,} parameters"
+        return text + ("; not on " + ", ".join(f"{p} ({n:,})" for p, n in spared.items()) if spared else "")
 
 
 def plan_levels(model: nn.Module, levels: Sequence[LevelConfig]) -> tuple[LevelPart, ...]:
@@ -35,6 +55,8 @@ def plan_levels(model: nn.Module, levels: Sequence[LevelConfig]) -> tuple[LevelP
         if parameter.requires_grad:
             names.setdefault(id(parameter), []).append(name)
             parameters[id(parameter)] = parameter
+            if parameter.ndim == 0:
+                raise LevelsError(f"parameter {name} has no dimension, which ZeRO cannot shard: give it the shape (1,)")
 
     level_of: dict[int, str] = {}
     rest = next((level.name for level in levels if level.parameters == ("rest",)), None)
@@ -66,11 +88,38 @@ def plan_levels(model: nn.Module, levels: Sequence[LevelConfig]) -> tuple[LevelP
         raise LevelsError(f'level {rest!r} takes ("rest",) but every parameter is matched by another level: remove it')
 
     _check_modules(model, levels, level_of)
+    _check_no_decay(levels, names, parameters)
     parts = []
     for level in levels:
-        own = tuple((names[key][0], parameters[key]) for key in names if level_of[key] == level.name)
-        parts.append(LevelPart(level, own, tuple(_largest_modules(model, level.name, level_of))))
+        keys = [key for key in names if level_of[key] == level.name]
+        own = tuple((names[key][0], parameters[key]) for key in keys)
+        by = {names[key][0]: _spared_by(level.no_decay, names[key], parameters[key]) for key in keys}
+        spared = {name: pattern for name, pattern in by.items() if pattern is not None}
+        parts.append(LevelPart(level, own, tuple(_largest_modules(model, level.name, level_of)), spared))
     return tuple(parts)
+
+
+def _spared_by(patterns: Sequence[str], aliases: Sequence[str], parameter: nn.Parameter) -> str | None:
+    """The first pattern of no_decay that takes the parameter in, by any of its names."""
+    for pattern in patterns:
+        if parameter.ndim < 2 if pattern == VECTORS else any(fnmatchcase(name, pattern) for name in aliases):
+            return pattern
+    return None
+
+
+def _check_no_decay(
+    levels: Sequence[LevelConfig], names: Mapping[int, Sequence[str]], parameters: Mapping[int, nn.Parameter]
+) -> None:
+    """A pattern may find nothing in its own level; one that a user wrote and that finds nothing at all is a slip."""
+    for level in levels:
+        for pattern in level.no_decay:
+            if pattern not in NO_DECAY and not any(
+                _spared_by((pattern,), aliases, parameters[key]) for key, aliases in names.items()
+            ):
+                raise LevelsError(
+                    f"level {level.name!r}: no_decay pattern {pattern!r} matches no trainable parameter of the model; "
+                    "correct it or leave it out"
+                )
 
 
 def _levels_inside(module: nn.Module, level_of: dict[int, str], recurse: bool) -> dict[str, str]:

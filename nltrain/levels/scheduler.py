@@ -332,7 +332,7 @@ class LevelScheduler:
         rows = []
         for name, engine in self.engines.items():
             row = asdict(engine.config) | {"phase_tokens": self.clocks[name].phase}
-            rows.append(row | {"num_parameters": engine.num_parameters, "mode": engine.mode})
+            rows.append(row | {"num_parameters": engine.num_parameters, "mode": engine.mode, "decay": engine.decay})
         return rows
 
     def close(self) -> None:

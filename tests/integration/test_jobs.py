@@ -32,6 +32,8 @@ def test_a_dry_run_prints_the_plan_of_a_large_run_on_a_laptop(job, parameters):
     assert peak_kib < 4 * 2**20
     for level in ("base", "fast", "mid", "slow"):
         assert re.search(rf"^{level} +[\d,]+ +[\d,]+ +[\d,]+", done.stdout, re.MULTILINE)
+        assert re.search(rf"^{level}: decay 0.1 on [\d,]+ of [\d,]+ parameters; not on ", done.stdout, re.MULTILINE)
+    assert re.search(r"^base: .*\*memories\.\* \([\d,]+\)", done.stdout, re.MULTILINE)
 
 
 def test_a_dry_run_takes_overrides_and_refuses_what_cannot_run():

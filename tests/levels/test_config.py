@@ -139,6 +139,12 @@ def test_tied_weights_belong_to_one_level_and_count_once():
     assert "embed.weight" in text and "head.weight" in text
 
 
+def test_a_parameter_without_a_dimension_is_refused():
+    model = Block()
+    model.gain = nn.Parameter(model.scale.detach()[0].clone())
+    assert "parameter gain has no dimension" in refused(model, level()) and "(1,)" in refused(model, level())
+
+
 def test_parameters_that_need_no_gradient_are_left_alone():
     model = Block()
     model.slow.requires_grad_(False)

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +133,10 @@ class Dense:
         made = config.resolved()
         phases = staggered_phases([c.period_tokens for c in made], [c.phase_tokens for c in made], config.quantum)
         self.clocks = {c.name: TokenClock(c.period_tokens, p) for c, p in zip(made, phases, strict=True)}
+        self.decayed = {
+            c.name: [p for path, p in model.named_parameters() if _is_in(p, sets[c.name]) and _decays(c, path, p)]
+            for c in made
+        }
         self.targets = dict.fromkeys(sets, 0)
         self.last_tick = dict.fromkeys(sets, 0)
         self.levels = {c.name: c for c in made}
@@ -166,12 +170,21 @@ class Dense:
             lr = c.lr * self.config.schedule.factor(self.tokens)
             window = self.tokens - self.last_tick[name]
             with torch.no_grad():
-                for p in parameters:
+                for p in self.decayed[name]:
                     p.mul_((1 - lr * c.weight_decay) ** (window / self.config.base_period_tokens))
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             optimizer.zero_grad()
             self.targets[name], self.last_tick[name] = 0, self.tokens
+
+
+def _is_in(parameter: nn.Parameter, parameters: list[nn.Parameter]) -> bool:
+    return any(parameter is own for own in parameters)
+
+
+def _decays(level: LevelConfig, path: str, parameter: nn.Parameter) -> bool:
+    spared = "vectors" in level.no_decay and parameter.dim() <= 1
+    return not spared and not any(fnmatchcase(path, pattern) for pattern in level.no_decay)
 
 
 def level_sets(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -182,9 +195,16 @@ def level_sets(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {"base": [p for p in model.parameters() if id(p) not in memories], **sets}
 
 
-def train_dense(model: nn.Module, config: LevelsConfig, quanta: range, micro_batch: int, world_size: int) -> None:
-    """The dense reference fed in the same micro-steps: each global micro-batch as one."""
-    dense = Dense(model, config, level_sets(model))
+def train_dense(
+    model: nn.Module,
+    config: LevelsConfig,
+    quanta: range,
+    micro_batch: int,
+    world_size: int,
+    dense: Any = None,
+) -> None:
+    """The dense reference fed in the same micro-steps: each global micro-batch as one. `dense`: another than Dense."""
+    dense = dense or Dense(model, config, level_sets(model))
     sequences = config.quantum // SEQ_LEN
     for quantum in quanta:
         for ranges in cut_quantum(sequences, micro_batch, world_size):
