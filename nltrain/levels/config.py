@@ -172,9 +172,9 @@ class LevelsConfig:
     beta_period_exponent: float = 0.0
     """y: a level's betas become beta^((period / base period)^y)"""
     spike_sigma: float | None = 6.0
-    """leaves out a micro-step whose mean loss is so many deviations above the last 128; None: only non-finite"""
+    """leaves out the ranks that lift a micro-step's mean loss so many deviations above the last 128; None: never"""
     max_consecutive_skips: int = 16
-    """so many micro-steps or ticks of a level left out in a row stop the run"""
+    """so many micro-steps in a row with a rank left out, or ticks of a level left out in a row, stop the run"""
     bucket_elements: int = 2**25
     """elements per flattened group: one collective each; smaller overlaps more, larger has less latency"""
     prefetch_elements: int = 50_000_000

@@ -1,10 +1,10 @@
 """The accumulated gradient of one level since its last tick: sums over real targets, in fp32.
 
-Takes every gradient off its parameter as autograd finishes it, before anything else sees it; a micro-step that the
-guard left out contributes exact zeros (selected, not multiplied: 0 x NaN is NaN). `LocalWindow` keeps this rank's
-sums whole and reduces them at the tick or at a fold; `ShardedWindow` reduce-scatters every micro-step and keeps 1/N.
-Both are pure torch.distributed and know no deepspeed. Groups are reduced in a fixed order, whatever order autograd
-finishes in, so that the ranks' collectives always match.
+Takes every gradient off its parameter as autograd finishes it, before anything else sees it; a rank that the guard
+left out or that has no targets contributes exact zeros (selected, not multiplied: 0 x NaN is NaN). `LocalWindow` keeps
+this rank's sums whole and reduces them at the tick or at a fold; `ShardedWindow` reduce-scatters every micro-step and
+keeps 1/N. Both are pure torch.distributed and know no deepspeed. Groups are reduced in a fixed order, whatever order
+autograd finishes in, so that the ranks' collectives always match.
 """
 
 from abc import ABC, abstractmethod
@@ -47,7 +47,7 @@ class GradientWindow(ABC):
         ]
 
     def begin(self, admitted: Tensor) -> None:
-        """Before backward: whether the micro-step counts (bool on the device, equal on all ranks)."""
+        """Before backward: whether this rank's part of the micro-step counts (bool on the device)."""
         self._left_out = ~admitted
 
     def _take(self, group: int, index: int, parameter: nn.Parameter) -> None:
