@@ -122,7 +122,7 @@ class LevelEngine:
                 parameter.requires_grad_(False)
         else:
             kind = LocalWindow if self.stage == 1 else ShardedWindow
-            reduce_dtype = torch.bfloat16 if levels.reduce_dtype == "bf16" else torch.float32
+            reduce_dtype = torch.bfloat16 if levels.reduce_dtype_of(part.config) == "bf16" else torch.float32
             tensors = [[parameter for _, parameter in group] for group in groups]
             self.window = kind(self.name, tensors, self.layouts, reduce_dtype, device, ledger)
         self.memory = HostMemory(self._sleeping_tensors, device) if self.config.offload else None

@@ -93,8 +93,10 @@ class GradientWindow(ABC):
         """Starts the sum over ranks of `buffer` [world * shard]; the shard is ready when the work is."""
         if self.world_size == 1:
             return buffer, None
-        buffer = buffer.to(self.reduce_dtype)
-        shard = torch.empty(layout.shard_numel, dtype=self.reduce_dtype, device=self.device)
+        # A fold goes on being a window: whatever it loses, every later save and every other world size would inherit.
+        dtype = torch.float32 if purpose == FOLD else self.reduce_dtype
+        buffer = buffer.to(dtype)
+        shard = torch.empty(layout.shard_numel, dtype=dtype, device=self.device)
         with self.ledger.row(self.name, purpose):
             return shard, dist.reduce_scatter_single(shard, buffer, async_op=True)
 
