@@ -27,7 +27,7 @@ from nltrain.levels.engine import LevelEngine, init_deepspeed
 from nltrain.levels.guard import LossGuard, MicroStep
 from nltrain.levels.ledger import STATE, Ledger
 from nltrain.levels.plan import plan_levels
-from nltrain.levels.window import LocalWindow
+from nltrain.levels.window import LocalWindow, ReductionOrder
 
 
 class TrainingStopped(RuntimeError):
@@ -88,7 +88,12 @@ class LevelScheduler:
         self.clocks = {
             level.name: TokenClock(level.period_tokens, phase) for level, phase in zip(levels, phases, strict=True)
         }
-        self.engines = {part.config.name: LevelEngine(part, config, self.device, self.ledger) for part in parts}
+        # ZeRO-3 gathers weights in between, when the graph comes to a module: those must not meet a reduction instead.
+        gathers = any(level.zero_stage == 3 for level in levels)
+        self._reductions = ReductionOrder(dist.new_group() if gathers else None)
+        self.engines = {
+            part.config.name: LevelEngine(part, config, self.device, self.ledger, self._reductions) for part in parts
+        }
         self._levels = {
             name: _LevelState(torch.zeros((), dtype=torch.float64, device=self.device)) for name in self.engines
         }
@@ -119,6 +124,7 @@ class LevelScheduler:
         loss_sum.backward()
         for engine in self.engines.values():
             engine.after_backward()
+        self._reductions.complete()
         for state in self._levels.values():
             state.targets += micro_step.num_targets
         self.micro_steps += 1
