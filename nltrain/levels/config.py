@@ -245,7 +245,9 @@ class LevelsConfig:
         if num_sequences < max_world_size:
             raise LevelsError(
                 f"LevelsConfig.quantum_tokens = {self.quantum} holds {num_sequences} sequences of {seq_len} tokens, "
-                f"fewer than {max_world_size} ranks: raise it to at least {max_world_size * seq_len}"
+                f"fewer than {max_world_size} ranks. Raise it to at least {max_world_size * seq_len}, with periods, lr "
+                "and decay as levels.recipes.larger_quantum does (jobs/hope_1p3b_256.py), or begin with sequences of "
+                f"at most {self.quantum // max_world_size} tokens (data.seq_len), or lower cluster.max_workers"
             )
         return num_sequences
 
