@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from nltrain.levels.config import LevelConfig, LevelsConfig
 from nltrain.levels.ledger import predicted_bytes
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels import test_ledger, test_parity, test_world_sizes
+from tests.levels import test_ledger, test_parity, test_reduce_dtype, test_world_sizes
 from tests.levels.ranks import CaseFailed, Ranks, run_cases
 from tests.levels.toys import NAMES, SEQ_LEN, Toy, hope_tiny, levels, relative_error, train
 
@@ -42,6 +42,7 @@ BOUNDS: dict[str, Callable[[Any], bool]] = {
     "offbeat_bytes": lambda x: x == 0,
     "offbeat_optimizer_elements": lambda x: x == 0,
     "saving_over_predicted": lambda x: x >= 0.98,
+    "base_bf16_rel_err": lambda x: all(error <= 2**-7 for error in x.values()),
     "tick_overhead": lambda x: x <= 0.05,
 }
 
@@ -163,6 +164,9 @@ def cases_of(quick: bool) -> dict[int, dict[str, Callable[[Ranks], Any]]]:
     for mode in MODES:
         made[4][f"bytes-{mode}"] = partial(test_ledger.count, mode, "fp32", "fp32", 4)
     made[4]["aware"] = partial(bytes_of_plan, (1, 2, 8, 32))
+    for world_size in (2, 4):
+        for stage in (1, 2):
+            made[world_size][f"reduce-{stage}"] = partial(test_reduce_dtype.base_gradient, hope_tiny, stage)
     made[4]["uniform"] = partial(bytes_of_plan, (1, 1, 1, 1))
     for world_size, micro_batch in cuts:
         made[world_size][f"trajectory-{micro_batch}"] = partial(test_world_sizes.trajectory, micro_batch)
@@ -202,6 +206,11 @@ def run(quick: bool) -> dict[str, Any]:
             for name, value in expected["weights"].items()
         ),
         "bytes_over_formula": {mode: max(four[f"bytes-{mode}"]["ratios"].values()) for mode in MODES},
+        "base_bf16_rel_err": {
+            f"ZeRO-{stage}, {world_size} ranks": results[world_size][f"reduce-{stage}"]
+            for world_size in (2, 4)
+            for stage in (1, 2)
+        },
         "offbeat_bytes": four["bytes-local"]["offbeat_bytes"],
         "offbeat_optimizer_elements": sum(four[f"bytes-{mode}"]["offbeat_elements"] for mode in MODES),
         "saving_measured": saving["measured"],

@@ -13,8 +13,9 @@ from nltrain.config import RunConfig
 from nltrain.levels.clock import TokenClock, staggered_phases
 from nltrain.levels.config import LevelConfig
 from nltrain.levels.plan import LevelPart, plan_levels
-from nltrain.levels.quantum import cut_quantum
+from nltrain.levels.quantum import best_group_size, cut_quantum
 from nltrain.model import build
+from nltrain.runtime.sizes import choice
 
 FP32_BYTES = 4
 # As in LevelBytes, with their widths in the table.
@@ -99,6 +100,7 @@ def dry_run(config: RunConfig) -> str:
         f"{config.num_quanta:,} quanta of {config.quantum_tokens:,} tokens = {tokens:,} tokens",
         f"{len(cut)} micro-steps per quantum, of {step_tokens[0]:,} tokens"
         + (f", the last of {step_tokens[-1]:,}" if step_tokens[-1] != step_tokens[0] else ""),
+        *_if_one_is_lost(config),
         "",
         f"{'GiB per rank':<14}" + "".join(f"{title:>{width}}" for title, width in COLUMNS),
     ]
@@ -120,6 +122,19 @@ def dry_run(config: RunConfig) -> str:
         f"the last {config.checkpoint.keep_last} kept",
     ]
     return "\n".join(lines)
+
+
+def _if_one_is_lost(config: RunConfig) -> list[str]:
+    """How an elastic group goes on with a worker less; `nltrain sizes` tells it for every number."""
+    cluster = config.cluster
+    if not cluster.elastic:
+        return []
+    num_sequences, fewest = config.quantum_tokens // config.data.seq_len, cluster.min_workers or 1
+    sizes = [
+        best_group_size(num_sequences, config.train.micro_batch_size, ranks, fewest)
+        for ranks in (cluster.max_workers, cluster.max_workers - 1)
+    ]
+    return [choice(size) for size in sizes]
 
 
 def _row(name: str, need: LevelBytes) -> str:

@@ -41,8 +41,10 @@ class Validation:
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         for batch in self._batches:
             batch = batch.to(self._device)
-            sums[0] += model.loss(batch.tokens, batch.targets, batch.document_starts)
-            sums[1] += batch.num_targets
+            loss_sum = model.loss(batch.tokens, batch.targets, batch.document_starts)
+            if batch.num_targets:  # padding may come to anything
+                sums[0] += loss_sum
+                sums[1] += batch.num_targets
         model.train(was_training)
         dist.all_reduce(sums)
         loss_sum, targets = sums.tolist()

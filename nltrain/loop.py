@@ -25,7 +25,7 @@ def train(config: RunConfig, supervision: Supervision | None = None) -> dict[str
                 run.levels.start_micro_step()
                 loss_sum = run.model.loss(batch.tokens, batch.targets, batch.document_starts)
                 run.meter.forward_ended()
-                run.meter.add(*run.levels.backward(loss_sum, batch.num_targets))
+                run.count(batch, run.levels.backward(loss_sum, batch.num_targets))
             ticks = run.levels.finish_quantum()
             run.log(ticks)
             if run.validation_is_due():

@@ -28,10 +28,12 @@ from nltrain.config import RunConfig, check_vocabulary, to_dict
 from nltrain.data import Batch, TokenStream, open_plan, open_store
 from nltrain.evaluate import Validation, sample_text, weights_sha256
 from nltrain.fragment import Fragment
+from nltrain.levels.guard import MicroStep
 from nltrain.levels.quantum import cut_quantum
 from nltrain.levels.scheduler import LevelScheduler, Tick
 from nltrain.model import build
 from nltrain.record import Record
+from nltrain.track.left_out import LeftOut, left_out_line
 from nltrain.track.progress import Meter, Speed, duration, progress_line
 from nltrain.track.supervision import (
     FINISHING,
@@ -97,6 +99,7 @@ class Run:
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         self.levels = LevelScheduler(self.model, config.levels, config.data.seq_len, self.device)
         self.meter = Meter(self.device)
+        self._left_out = LeftOut()
         self._speed = Speed()
         self._stream: TokenStream | None = None
         self._wait_s = 0.0
@@ -151,6 +154,11 @@ class Run:
             yield batch
         self._quanta_done += 1
 
+    def count(self, batch: Batch, micro_step: MicroStep) -> None:
+        """What came of one micro-step; read on the host when the next line is due."""
+        self.meter.add(micro_step.loss_sum, micro_step.num_targets, micro_step.left_out)
+        self._left_out.add(batch.sample_indices, batch.num_targets, micro_step.verdict)
+
     def log(self, ticks: list[Tick]) -> None:
         """A metrics row per tick; every `track.log_every_quanta` a row and a line for the steps since the last one."""
         for tick in ticks:
@@ -173,6 +181,7 @@ class Run:
             level_updates=self.levels.counts,
             **interval._asdict(),
         )
+        self._name_left_out(interval.left_out)
         eta_s = (config.num_quanta - step) * config.quantum_tokens / speed
         names = " ".join(name if count == 1 else f"{count}x{name}" for name, count in ticked.items())
         self.record.say(progress_line(step, config.num_quanta, self.tokens, interval, speed, eta_s, names))
@@ -353,6 +362,16 @@ class Run:
 
     def _row(self, kind: str, **values: Any) -> None:
         self.record.row(kind, self.tokens, **values)
+
+    def _name_left_out(self, num_micro_steps: int) -> None:
+        """A row and a line with the rank and the samples of every part that the guard left out."""
+        own = self._left_out.take()
+        if not num_micro_steps:  # equal on all ranks, as what follows is collective
+            return
+        everyone = self._ranks.gather(own)
+        parts = [{"rank": rank} | part for rank, each in enumerate(everyone) for part in each]
+        self._row("left_out", left_out_tokens=sum(part["tokens"] for part in parts), parts=parts)
+        self.record.say(left_out_line(parts))
 
     def _take_wait_s(self) -> float:
         assert self._stream is not None

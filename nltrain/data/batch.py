@@ -11,6 +11,7 @@ from torch import Tensor
 from nltrain.data import shards
 
 IGNORED_TARGET = -100
+PADDING_DOCUMENT = 512  # tokens of a document of padding
 BYTES_PER_TOKEN = 8 + 8 + 1  # tokens, targets, document_starts
 
 
@@ -30,15 +31,15 @@ class Batch:
     """Targets that count, in this batch."""
 
     @classmethod
-    def padding(cls, seq_len: int) -> Self:
-        """One sequence whose targets are all ignored, for a rank without a sequence."""
-        return cls(
-            torch.zeros(1, seq_len, dtype=torch.int64),
-            torch.full((1, seq_len), IGNORED_TARGET, dtype=torch.int64),
-            torch.zeros(1, seq_len, dtype=torch.bool),
-            (),
-            0,
-        )
+    def padding(cls, seq_len: int, vocab_size: int) -> Self:
+        """One sequence whose targets are all ignored, for a rank without a sequence.
+
+        Random tokens, the same always, in short documents: thousands of equal tokens are the hardest text for a memory.
+        """
+        tokens = torch.randint(vocab_size, (1, seq_len), generator=torch.Generator().manual_seed(0))
+        starts = torch.zeros(1, seq_len, dtype=torch.bool)
+        starts[:, ::PADDING_DOCUMENT] = True
+        return cls(tokens, torch.full((1, seq_len), IGNORED_TARGET, dtype=torch.int64), starts, (), 0)
 
     @classmethod
     def pack(

@@ -138,7 +138,7 @@ class TokenStream:
             )
         self._meter.acquire(num_bytes)
         if not len(indices):
-            return Batch.padding(seq_len)
+            return Batch.padding(seq_len, self.plan.vocab_size)
         by_range = number < self.config.range_read_batches
         if number > 0 or not by_range:
             self._reader.want(self._wanted(int(indices[0])))

@@ -162,7 +162,8 @@ class LevelsConfig:
     dtype: str = "fp32"
     """fp32 | bf16: what the model computes in; masters, moments and accumulated gradients are fp32 always"""
     reduce_dtype: str = "fp32"
-    """fp32 | bf16: what gradients are in when they cross the network; bf16 halves those bytes"""
+    """fp32 | bf16: what gradients of levels due every quantum are in when they cross the network; bf16 halves those
+    bytes. Slower levels, whose windows sum many quanta, and folds are reduced in fp32 always"""
     fold_every_tokens: int | None = None
     """tokens between reductions of local gradient sums into shards: a save there is exact at any world size"""
     lr_period_exponent: float = 0.0
@@ -172,9 +173,9 @@ class LevelsConfig:
     beta_period_exponent: float = 0.0
     """y: a level's betas become beta^((period / base period)^y)"""
     spike_sigma: float | None = 6.0
-    """leaves out a micro-step whose mean loss is so many deviations above the last 128; None: only non-finite"""
+    """leaves out the ranks that lift a micro-step's mean loss so many deviations above the last 128; None: never"""
     max_consecutive_skips: int = 16
-    """so many micro-steps or ticks of a level left out in a row stop the run"""
+    """so many micro-steps in a row with a rank left out, or ticks of a level left out in a row, stop the run"""
     bucket_elements: int = 2**25
     """elements per flattened group: one collective each; smaller overlaps more, larger has less latency"""
     prefetch_elements: int = 50_000_000
@@ -207,6 +208,11 @@ class LevelsConfig:
                     f"LevelConfig({level.name!r}).period_tokens = {level.period_tokens} is below the quantum of "
                     f"{self.quantum} tokens: a level ticks once per quantum at most; raise it or lower quantum_tokens"
                 )
+        if self.reduce_dtype != "fp32" and all(level.period_tokens > self.quantum for level in self.levels):
+            raise LevelsError(
+                f"LevelsConfig.reduce_dtype = {self.reduce_dtype!r}: no level is due every quantum of {self.quantum} "
+                "tokens, and slower ones are reduced in fp32; choose fp32"
+            )
         if self.fold_every_tokens is not None and self.fold_every_tokens < self.quantum:
             raise LevelsError(
                 f"LevelsConfig.fold_every_tokens = {self.fold_every_tokens}: must be at least the quantum of "
@@ -223,6 +229,10 @@ class LevelsConfig:
         """The shortest period: what lr, beta and weight-decay scaling are relative to."""
         return min(level.period_tokens for level in self.levels)
 
+    def reduce_dtype_of(self, level: LevelConfig) -> str:
+        """What the gradients of `level` are in when they cross the network at a tick or in a micro-step."""
+        return self.reduce_dtype if level.period_tokens == self.quantum else "fp32"
+
     def check_sequences(self, seq_len: int, max_world_size: int) -> int:
         """Sequences of `seq_len` tokens per quantum; refuses a quantum that cannot feed `max_world_size` ranks."""
         if self.quantum % seq_len:
@@ -235,7 +245,9 @@ class LevelsConfig:
         if num_sequences < max_world_size:
             raise LevelsError(
                 f"LevelsConfig.quantum_tokens = {self.quantum} holds {num_sequences} sequences of {seq_len} tokens, "
-                f"fewer than {max_world_size} ranks: raise it to at least {max_world_size * seq_len}"
+                f"fewer than {max_world_size} ranks. Raise it to at least {max_world_size * seq_len}, with periods, lr "
+                "and decay as levels.recipes.larger_quantum does (jobs/hope_1p3b_256.py), or begin with sequences of "
+                f"at most {self.quantum // max_world_size} tokens (data.seq_len), or lower cluster.max_workers"
             )
         return num_sequences
 

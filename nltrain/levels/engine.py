@@ -28,7 +28,7 @@ from nltrain.levels.layout import FlatLayout, Layout, RowLayout, joined, read_pa
 from nltrain.levels.ledger import CONTROL, STATE, WEIGHTS, Ledger
 from nltrain.levels.offload import HostMemory
 from nltrain.levels.plan import LevelPart
-from nltrain.levels.window import GradientWindow, LocalWindow, ShardedWindow
+from nltrain.levels.window import GradientWindow, LocalWindow, ReductionOrder, ShardedWindow
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported
@@ -90,7 +90,9 @@ def init_deepspeed(device: torch.device) -> None:
 class LevelEngine:
     """One level: its shards, its window of gradients and its optimizer step."""
 
-    def __init__(self, part: LevelPart, levels: LevelsConfig, device: torch.device, ledger: Ledger):
+    def __init__(
+        self, part: LevelPart, levels: LevelsConfig, device: torch.device, ledger: Ledger, order: ReductionOrder
+    ):
         self.config, self.ledger, self.device = part.config, ledger, device
         self.name, self.stage = part.config.name, part.config.zero_stage
         self.mode = MODES[self.stage]
@@ -121,10 +123,11 @@ class LevelEngine:
             for _, parameter in part.parameters:
                 parameter.requires_grad_(False)
         else:
-            kind = LocalWindow if self.stage == 1 else ShardedWindow
-            reduce_dtype = torch.bfloat16 if levels.reduce_dtype == "bf16" else torch.float32
+            reduce_dtype = torch.bfloat16 if levels.reduce_dtype_of(part.config) == "bf16" else torch.float32
             tensors = [[parameter for _, parameter in group] for group in groups]
-            self.window = kind(self.name, tensors, self.layouts, reduce_dtype, device, ledger)
+            what = (self.name, tensors, self.layouts, reduce_dtype, device, ledger)
+            places = [part.places[names[0]] for names in self.group_names]
+            self.window = LocalWindow(*what) if self.stage == 1 else ShardedWindow(*what, order=order, places=places)
         self.memory = HostMemory(self._sleeping_tensors, device) if self.config.offload else None
         self.sleep()
 

@@ -23,6 +23,8 @@ class LevelPart:
     modules: tuple[nn.Module, ...]
     spared: Mapping[str, str] = field(default_factory=dict)
     """{name: the pattern of no_decay that leaves it alone}; every other parameter decays"""
+    places: Mapping[str, int] = field(default_factory=dict)
+    """{name: which parameter of the model it is, in model order over all levels}"""
 
     @property
     def num_parameters(self) -> int:
@@ -95,7 +97,8 @@ def plan_levels(model: nn.Module, levels: Sequence[LevelConfig]) -> tuple[LevelP
         own = tuple((names[key][0], parameters[key]) for key in keys)
         by = {names[key][0]: _spared_by(level.no_decay, names[key], parameters[key]) for key in keys}
         spared = {name: pattern for name, pattern in by.items() if pattern is not None}
-        parts.append(LevelPart(level, own, tuple(_largest_modules(model, level.name, level_of)), spared))
+        places = {names[key][0]: place for place, key in enumerate(names) if level_of[key] == level.name}
+        parts.append(LevelPart(level, own, tuple(_largest_modules(model, level.name, level_of)), spared, places))
     return tuple(parts)
 
 

@@ -5,6 +5,9 @@ separates the fullest rank from the emptiest. A rank without a sequence gets an 
 forward/backward (on a batch whose targets are all ignored): ZeRO-3 gathers weights collectively.
 """
 
+from dataclasses import dataclass
+from functools import cache
+
 from nltrain.levels.config import LevelsError
 
 
@@ -28,3 +31,67 @@ def cut_quantum(num_sequences: int, micro_batch_size: int, world_size: int) -> l
             start += size
         steps.append(step)
     return steps
+
+
+# What a micro-step costs beside its sequences, in sequences of one rank: launches, which a chunk loop is bound by, and
+# ZeRO-2's reduction. A guess; it scales the predicted speeds and cannot change which size is best.
+MICRO_STEP_COST = 1.0
+
+
+@dataclass(frozen=True)
+class GroupSize:
+    """How many of the ranks that are there train, and what that is predicted to bring."""
+
+    available: int
+    ranks: int
+    """the fewest that are as fast as all of them; the others wait as spares"""
+    num_micro_steps: int
+    """per quantum"""
+    padded: int
+    """rank-micro-steps of padding per quantum"""
+    speed: float
+    """quanta per time, relative to one rank per sequence"""
+    speed_of_all: float
+    """the same if all available ranks trained"""
+
+
+@cache
+def quantum_cost(num_sequences: int, micro_batch_size: int, world_size: int) -> float:
+    """Predicted time of a quantum, in sequences of one rank: in each micro-step all wait for the fullest rank."""
+    steps = cut_quantum(num_sequences, micro_batch_size, world_size)
+    return sum(MICRO_STEP_COST + len(step[0]) for step in steps)
+
+
+def best_group_size(num_sequences: int, micro_batch_size: int, available: int, at_least: int = 1) -> GroupSize:
+    """The fewest ranks, between `at_least` and `available`, that finish a quantum as soon as any number of them can.
+
+    A rank more often brings nothing: on 128 sequences 63 ranks need as many rounds as 43. The 20 that wait replace what
+    is lost without a slower quantum in between.
+    """
+    most = min(available, num_sequences)
+    if not 1 <= at_least <= most:
+        raise LevelsError(
+            f"best_group_size: {available} ranks for {num_sequences} sequences, at least {at_least}: that is no size"
+        )
+    costs = {size: quantum_cost(num_sequences, micro_batch_size, size) for size in range(at_least, most + 1)}
+    size = min(costs, key=lambda ranks: (costs[ranks], ranks))
+    steps = cut_quantum(num_sequences, micro_batch_size, size)
+    fastest = quantum_cost(num_sequences, micro_batch_size, num_sequences)
+    padded = sum(not indices for step in steps for indices in step)
+    return GroupSize(available, size, len(steps), padded, fastest / costs[size], fastest / costs[most])
+
+
+def size_table(num_sequences: int, micro_batch_size: int, num_ranks: int, at_least: int = 1) -> str:
+    """What 1 to `num_ranks` ranks would do, a line each; those above one per sequence would all wait."""
+    lines = [
+        f"{num_sequences} sequences per quantum, {micro_batch_size} per rank and micro-step; speed 1 is one rank per "
+        "sequence",
+        f"{'there':>6}{'train':>7}{'spare':>7}{'micro-steps':>13}{'padded':>8}{'speed':>8}{'of all':>8}",
+    ]
+    for available in range(max(1, at_least), num_ranks + 1):
+        size = best_group_size(num_sequences, micro_batch_size, available, min(at_least, num_sequences))
+        lines.append(
+            f"{available:>6}{size.ranks:>7}{available - size.ranks:>7}{size.num_micro_steps:>13}{size.padded:>8}"
+            f"{size.speed:>8.3f}{size.speed_of_all:>8.3f}"
+        )
+    return "\n".join(lines)

@@ -27,7 +27,7 @@ from nltrain.levels.engine import LevelEngine, init_deepspeed
 from nltrain.levels.guard import LossGuard, MicroStep
 from nltrain.levels.ledger import STATE, Ledger
 from nltrain.levels.plan import plan_levels
-from nltrain.levels.window import LocalWindow
+from nltrain.levels.window import LocalWindow, ReductionOrder
 
 
 class TrainingStopped(RuntimeError):
@@ -88,7 +88,12 @@ class LevelScheduler:
         self.clocks = {
             level.name: TokenClock(level.period_tokens, phase) for level, phase in zip(levels, phases, strict=True)
         }
-        self.engines = {part.config.name: LevelEngine(part, config, self.device, self.ledger) for part in parts}
+        # ZeRO-3 gathers weights in between, when the graph comes to a module: those must not meet a reduction instead.
+        gathers = any(level.zero_stage == 3 for level in levels)
+        self._reductions = ReductionOrder(dist.new_group() if gathers else None)
+        self.engines = {
+            part.config.name: LevelEngine(part, config, self.device, self.ledger, self._reductions) for part in parts
+        }
         self._levels = {
             name: _LevelState(torch.zeros((), dtype=torch.float64, device=self.device)) for name in self.engines
         }
@@ -110,8 +115,8 @@ class LevelScheduler:
     def backward(self, loss_sum: Tensor, num_targets: int | Tensor) -> MicroStep:
         """One backward into all windows. `loss_sum`: sum over this rank's real targets, `num_targets` their count.
 
-        Every rank calls it once per micro-step, with num_targets 0 where it had no sequence. No host sync: the returned
-        global sums and verdict are tensors on the device.
+        Every rank calls it once per micro-step, with num_targets 0 where it had no sequence: such a rank contributes
+        exact zeros, whatever its loss. No host sync: the returned sums and verdict are tensors on the device.
         """
         micro_step = self.guard.judge(loss_sum, num_targets)
         for engine in self.engines.values():
@@ -119,9 +124,9 @@ class LevelScheduler:
         loss_sum.backward()
         for engine in self.engines.values():
             engine.after_backward()
-        counted = torch.where(micro_step.admitted, micro_step.num_targets, 0.0)
+        self._reductions.complete()
         for state in self._levels.values():
-            state.targets += counted
+            state.targets += micro_step.num_targets
         self.micro_steps += 1
         return micro_step
 
@@ -174,11 +179,11 @@ class LevelScheduler:
 
     def _stop_if_stuck(self) -> None:
         limit = self.config.max_consecutive_skips
-        _, in_a_row = self.guard.host_state()
+        _, in_a_row, _ = self.guard.host_state()
         if in_a_row >= limit:
             raise TrainingStopped(
-                f"{in_a_row} micro-steps in a row had a non-finite or spiking loss by T = {self.tokens} tokens "
-                f"(max_consecutive_skips = {limit}): look at the data there, lower lr, or resume from earlier"
+                f"{in_a_row} micro-steps in a row had a non-finite or spiking loss on a rank by T = {self.tokens} "
+                f"tokens (max_consecutive_skips = {limit}): look at the data there, lower lr, or resume from earlier"
             )
         for name, state in self._levels.items():
             if state.skipped_in_a_row >= limit:
@@ -221,8 +226,13 @@ class LevelScheduler:
 
     @property
     def skipped_micro_steps(self) -> int:
-        """Micro-steps left out so far. A host sync."""
+        """Micro-steps so far in which a rank's part was left out. A host sync."""
         return self.guard.host_state()[0]
+
+    @property
+    def left_out_tokens(self) -> int:
+        """Real targets left out so far: they were consumed, and trained nothing. A host sync."""
+        return self.guard.host_state()[2]
 
     def fragments(self) -> dict[str, Fragment]:
         """This rank's slices of masters ("NAME.master"), moments, W_0 ("NAME.initial"), open windows ("NAME.window").

@@ -1,10 +1,10 @@
 """The accumulated gradient of one level since its last tick: sums over real targets, in fp32.
 
-Takes every gradient off its parameter as autograd finishes it, before anything else sees it; a micro-step that the
-guard left out contributes exact zeros (selected, not multiplied: 0 x NaN is NaN). `LocalWindow` keeps this rank's
-sums whole and reduces them at the tick or at a fold; `ShardedWindow` reduce-scatters every micro-step and keeps 1/N.
-Both are pure torch.distributed and know no deepspeed. Groups are reduced in a fixed order, whatever order autograd
-finishes in, so that the ranks' collectives always match.
+Takes every gradient off its parameter as autograd finishes it, before anything else sees it; a rank that the guard
+left out or that has no targets contributes exact zeros (selected, not multiplied: 0 x NaN is NaN). `LocalWindow` keeps
+this rank's sums whole and reduces them at the tick or at a fold; `ShardedWindow` reduce-scatters every micro-step and
+keeps 1/N. Both are pure torch.distributed and know no deepspeed. The groups of all sharded levels are reduced in one
+fixed order (`ReductionOrder`), whatever order autograd finishes in, so that the ranks' collectives always match.
 """
 
 from abc import ABC, abstractmethod
@@ -47,7 +47,7 @@ class GradientWindow(ABC):
         ]
 
     def begin(self, admitted: Tensor) -> None:
-        """Before backward: whether the micro-step counts (bool on the device, equal on all ranks)."""
+        """Before backward: whether this rank's part of the micro-step counts (bool on the device)."""
         self._left_out = ~admitted
 
     def _take(self, group: int, index: int, parameter: nn.Parameter) -> None:
@@ -89,14 +89,18 @@ class GradientWindow(ABC):
         """After the last `add_local`, on every rank."""
         self.finish()
 
-    def _scatter(self, buffer: Tensor, layout: Layout, purpose: str) -> tuple[Tensor, dist.Work | None]:
+    def _scatter(
+        self, buffer: Tensor, layout: Layout, purpose: str, process_group: dist.ProcessGroup | None = None
+    ) -> tuple[Tensor, dist.Work | None]:
         """Starts the sum over ranks of `buffer` [world * shard]; the shard is ready when the work is."""
         if self.world_size == 1:
             return buffer, None
-        buffer = buffer.to(self.reduce_dtype)
-        shard = torch.empty(layout.shard_numel, dtype=self.reduce_dtype, device=self.device)
+        # A fold goes on being a window: whatever it loses, every later save and every other world size would inherit.
+        dtype = torch.float32 if purpose == FOLD else self.reduce_dtype
+        buffer = buffer.to(dtype)
+        shard = torch.empty(layout.shard_numel, dtype=dtype, device=self.device)
         with self.ledger.row(self.name, purpose):
-            return shard, dist.reduce_scatter_single(shard, buffer, async_op=True)
+            return shard, dist.reduce_scatter_single(shard, buffer, group=process_group, async_op=True)
 
 
 class LocalWindow(GradientWindow):
@@ -151,54 +155,103 @@ class LocalWindow(GradientWindow):
         return read_parameter(self.layouts[group], self.sums[group], index)
 
 
+class ReductionOrder:
+    """The one order in which the groups of all sharded levels are reduced, the same on every rank.
+
+    A group waits for its turn, last parameter of the model first, which is about how autograd finishes them. Without it
+    two sharded levels would call collectives in whatever order this rank's graph finishes their groups in, and a rank
+    whose batch takes another way through the model (padding, packed documents) would sum one group into another.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
+        self.process_group = process_group
+        self._turns: list[tuple[int, ShardedWindow, int]] = []  # place in the model, window, group
+        self._next = 0
+        self._in_flight: deque[tuple[ShardedWindow, int, Tensor, dist.Work | None, Tensor]] = deque()
+
+    def join(self, window: "ShardedWindow", places: Sequence[int]) -> None:
+        """Adds the groups of `window`; `places`: of the first parameter of each group among those of the model."""
+        self._turns += [(place, window, group) for group, place in enumerate(places)]
+        self._turns.sort(key=lambda turn: turn[0], reverse=True)
+
+    def advance(self) -> None:
+        """Starts the reductions whose turn has come and whose group is complete."""
+        while self._next < len(self._turns) and self._turns[self._next][1].is_complete(self._turns[self._next][2]):
+            self._start(self._next)
+            self._next += 1
+
+    def complete(self) -> None:
+        """After backward, on every rank: starts what is left and waits for all."""
+        for turn in range(self._next, len(self._turns)):
+            self._start(turn)
+        # A parameter used inside and outside a reentrant checkpoint hands over a second part after its group has left.
+        for turn, (_, window, group) in enumerate(self._turns):
+            if window.has_part(group):
+                self._start(turn)
+        while self._in_flight:
+            self._land()
+        self._next = 0
+        for _, window, _ in self._turns:
+            window.start_again()
+
+    def _start(self, turn: int) -> None:
+        _, window, group = self._turns[turn]
+        buffer = window.hand_over(group)
+        while len(self._in_flight) >= MAX_REDUCTIONS_IN_FLIGHT:
+            self._land()
+        shard, work = window._scatter(buffer, window.layouts[group], GRADIENTS, self.process_group)
+        self._in_flight.append((window, group, shard, work, buffer))
+
+    def _land(self) -> None:
+        window, group, shard, work, _ = self._in_flight.popleft()
+        if work is not None:
+            work.wait()
+        window.shards[group].add_(shard)
+
+
 class ShardedWindow(GradientWindow):
     """Every micro-step is reduce-scattered group by group during backward; 4 bytes per parameter / world size."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, order: ReductionOrder, places: Sequence[int], **kwargs):
         super().__init__(*args, **kwargs)
         self._buffers: list[Tensor | None] = [None] * len(self.layouts)
         self._seen: list[set[int]] = [set() for _ in self.layouts]
-        self._next = len(self.layouts) - 1  # autograd finishes the last group first
-        self._in_flight: deque[tuple[int, Tensor, dist.Work | None, Tensor]] = deque()
+        self._order = order
+        order.join(self, places)
 
     def _accumulate(self, group: int, index: int, gradient: Tensor) -> None:
-        layout = self.layouts[group]
         buffer = self._buffers[group]
         if buffer is None:
-            buffer = torch.zeros(layout.world_size * layout.shard_numel, dtype=self.reduce_dtype, device=self.device)
-            self._buffers[group] = buffer
-        add_parameter(layout, buffer, index, gradient)
+            buffer = self._buffers[group] = self._empty(group)
+        add_parameter(self.layouts[group], buffer, index, gradient)
         self._seen[group].add(index)
-        while self._next >= 0 and len(self._seen[self._next]) == len(self.layouts[self._next].numels):
-            self._flush(self._next)
-            self._next -= 1
+        self._order.advance()
 
-    def _flush(self, group: int) -> None:
-        layout, buffer = self.layouts[group], self._buffers[group]
-        if buffer is None:  # no parameter of the group took part in this backward on this rank; it may have on another
-            buffer = torch.zeros(layout.world_size * layout.shard_numel, dtype=self.reduce_dtype, device=self.device)
-        self._buffers[group] = None
-        while len(self._in_flight) >= MAX_REDUCTIONS_IN_FLIGHT:
-            self._land()
-        shard, work = self._scatter(buffer, layout, GRADIENTS)
-        self._in_flight.append((group, shard, work, buffer))
+    def _empty(self, group: int) -> Tensor:
+        layout = self.layouts[group]
+        return torch.zeros(layout.world_size * layout.shard_numel, dtype=self.reduce_dtype, device=self.device)
 
-    def _land(self) -> None:
-        group, shard, work, _ = self._in_flight.popleft()
-        if work is not None:
-            work.wait()
-        self.shards[group].add_(shard)
+    def is_complete(self, group: int) -> bool:
+        """Whether every parameter of the group has handed in its gradient in this backward."""
+        return len(self._seen[group]) == len(self.layouts[group].numels)
 
-    def finish(self) -> None:
-        for group in range(self._next, -1, -1):
-            self._flush(group)
-        # A parameter used inside and outside a reentrant checkpoint hands over a second part after its group has left.
-        for group in range(len(self.layouts) - 1, self._next, -1):
-            if self._buffers[group] is not None:
-                self._flush(group)
-        while self._in_flight:
-            self._land()
-        self.has_reduced = True
-        self._next = len(self.layouts) - 1
+    def has_part(self, group: int) -> bool:
+        """Whether a gradient of the group waits to be reduced."""
+        return self._buffers[group] is not None
+
+    def hand_over(self, group: int) -> Tensor:
+        """The group's sums of this backward; zeros where it took no part on this rank, for it may have on another."""
+        buffer, self._buffers[group] = self._buffers[group], None
+        return self._empty(group) if buffer is None else buffer
+
+    def start_again(self) -> None:
+        """After every reduction of a backward has landed."""
         for seen in self._seen:
             seen.clear()
+
+    def finish(self) -> None:
+        self.has_reduced = True
+
+    def finish_local(self) -> None:
+        self.finish()
+        self._order.complete()

@@ -14,6 +14,7 @@ import socket
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from nltrain.config import RunConfig, from_dict
 from nltrain.data import MissingObjectError, StoreError, open_store
 from nltrain.runtime.failures import Failure, FailureLedger, Verdict, summary
+from nltrain.runtime.sizes import Sizes
 from nltrain.runtime.worker import ask_to_leave, on_sigterm, wait_until_left
 from nltrain.track.events import put_event
 from nltrain.track.status import read_history
@@ -136,6 +138,8 @@ def diagnose(error: Exception) -> Failure:
 class LiveNodes(ElasticScalingPolicy):
     """Ray's reservation is up to 20 s old: leave out nodes that are gone or going, add free ones that have come."""
 
+    best: Callable[[int], int] = staticmethod(int)
+    """how many of so many workers shall train"""
     _counted: Any = None
     _counted_s = -math.inf
 
@@ -146,6 +150,9 @@ class LiveNodes(ElasticScalingPolicy):
         if isinstance(decision, ResizeDecision) and decision.num_workers < worker_group_state.num_workers:
             return NoopDecision()
         return decision
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        return self.best(super()._count_possible_workers(reserved_resources))
 
     def _get_reserved_resources(self) -> Any:
         # Ray's loop asks without a pause while too few nodes are there.
@@ -235,6 +242,7 @@ class Trainer(TorchTrainer):
         arguments["failure_policy"] = JudgedFailures(self.train_loop_config)
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = LiveNodes(self.scaling_config)
+            arguments["scaling_policy"].best = Sizes(from_dict(RunConfig, self.train_loop_config))
         variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         options = {"num_cpus": 0, "label_selector": here, "runtime_env": {"env_vars": variables}}

@@ -1,8 +1,9 @@
 """The run's metrics: rows of JSON, one file per attempt, the only truth about what happened.
 
 A row is a flat dict with `kind`, `attempt`, `tokens` (T at that moment) and `time_s` (Unix). Kinds: attempt (a start or
-resume), step, tick, validation, checkpoint, sample, fault, end. A resumed attempt repeats tokens that the killed one
-had already trained; `effective` drops those superseded rows, so that sums and plots count every token once.
+resume), step, left_out (what the guard left out, by rank and sample), tick, validation, checkpoint, sample, fault, end.
+A resumed attempt repeats tokens that the killed one had already trained; `effective` drops those superseded rows, so
+that sums and plots count every token once.
 """
 
 import json

@@ -16,7 +16,8 @@ class Interval(NamedTuple):
     """What happened between two log rows, over all ranks."""
 
     loss: float  # nats per token over the micro-steps that counted; nan where none did
-    left_out: int  # micro-steps that the guard left out
+    left_out: int  # micro-steps in which the guard left a rank out
+    left_out_tokens: int  # targets of the ranks that it left out
     seconds: float
     data_wait_s: float  # of the rank that waited longest
     slowest_rank: int
@@ -29,8 +30,9 @@ class Meter:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        # [sum of losses in nats, targets, micro-steps left out]; global sums, the guard has agreed on them
-        self._sums = torch.zeros(3, dtype=torch.float64, device=device)
+        # [sum of losses in nats, targets, micro-steps with a rank left out, targets left out]; global sums, the guard
+        # has agreed on them
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._started_s = time.monotonic()
         self._forward_s = 0.0
         self._begun: Any = None
@@ -47,12 +49,9 @@ class Meter:
         else:
             self._forward_s += self._now() - self._begun
 
-    def add(self, loss_sum: torch.Tensor, num_targets: torch.Tensor, admitted: torch.Tensor) -> None:
-        """One micro-step as the guard saw it: sums over all ranks, and whether it counts."""
-        counted = torch.stack([loss_sum, num_targets, torch.zeros_like(loss_sum)])
-        left_out = torch.zeros_like(counted)
-        left_out[2] = 1.0
-        self._sums += torch.where(admitted, counted, left_out)
+    def add(self, loss_sum: torch.Tensor, num_targets: torch.Tensor, left_out: torch.Tensor) -> None:
+        """One micro-step as the guard saw it: sums over the ranks that count, and the targets of the others."""
+        self._sums += torch.stack([loss_sum, num_targets, (left_out > 0).double(), left_out])
 
     def take(self, data_wait_s: float) -> Interval:
         """The interval since the last take; `data_wait_s` is what this rank waited for data in it. Collective."""
@@ -65,7 +64,7 @@ class Meter:
         ranks[:, rank] = torch.tensor([self._forward_s, data_wait_s, memory_bytes(self._device)], device=self._device)
         dist.all_reduce(ranks)
         forward_s, waits_s, memories = ranks.tolist()
-        loss_sum, targets, left_out = self._sums.tolist()
+        loss_sum, targets, left_out, left_out_tokens = self._sums.tolist()
         self._sums.zero_()
         self._forward_s = 0.0
         now_s = time.monotonic()
@@ -75,6 +74,7 @@ class Meter:
         return Interval(
             loss=loss_sum / targets if targets else math.nan,
             left_out=int(left_out),
+            left_out_tokens=int(left_out_tokens),
             seconds=seconds,
             data_wait_s=max(waits_s),
             slowest_rank=slowest,
@@ -131,7 +131,7 @@ def progress_line(
 ) -> str:
     """One log step for people; `ticked` names the levels that updated."""
     share = interval.data_wait_s / max(interval.seconds, 1e-9)
-    left_out = f"{interval.left_out} micro-steps left out | " if interval.left_out else ""
+    left_out = f"{interval.left_out_tokens:,} tokens left out | " if interval.left_out else ""
     return (
         f"step {step:>{len(str(num_steps))}}/{num_steps} | {tokens:,} tokens | loss {interval.loss:.4f} | {left_out}"
         f"{tokens_per_s:,.0f} tok/s | data wait {100 * share:.1f} % | memory {interval.memory_bytes / 2**30:.2f} GiB | "

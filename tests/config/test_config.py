@@ -7,7 +7,7 @@ import pytest
 
 from nltrain.config import ConfigError, RunConfig, describe, flatten, from_dict, override, to_dict
 
-JOBS = ("jobs.hope_tiny", "jobs.hope_760m", "jobs.hope_1p3b")
+JOBS = ("jobs.hope_tiny", "jobs.hope_760m", "jobs.hope_1p3b", "jobs.hope_1p3b_256", "jobs.hope_1p3b_512")
 
 
 def config_of(job: str) -> RunConfig:

@@ -90,9 +90,13 @@ def test_a_rank_without_a_sequence_gets_padding(tmp_path: Path) -> None:
     with TokenStream(config, open_plan(config), iter([[], range(0), [5, 3], []])) as stream:
         batches = list(stream)
     assert [batch.sample_indices for batch in batches] == [(), (), (5, 3), ()]
-    for batch in (batches[0], Batch.padding(SEQ_LEN)):
+    vocab_size = open_plan(config).vocab_size
+    for batch in (batches[0], Batch.padding(SEQ_LEN, vocab_size)):
         assert batch.tokens.shape == (1, SEQ_LEN) and batch.num_targets == 0
-        assert (batch.targets == -100).all() and not batch.document_starts.any()
+        assert (batch.targets == -100).all() and int(batch.tokens.max()) < vocab_size
+        assert torch.equal(batch.tokens, batches[0].tokens)
+    long = Batch.padding(4096, 1000)
+    assert long.document_starts.sum() == 8 and (long.tokens[:, 1:] != long.tokens[:, :-1]).float().mean() > 0.99
 
 
 RESUME = """

@@ -36,6 +36,33 @@ def test_a_dry_run_prints_the_plan_of_a_large_run_on_a_laptop(job, parameters):
     assert re.search(r"^base: .*\*memories\.\* \([\d,]+\)", done.stdout, re.MULTILINE)
 
 
+@pytest.mark.parametrize("workers", [256, 512])
+def test_the_recipes_for_more_gpus_give_every_gpu_a_sequence_in_one_micro_step(workers):
+    done = start(f"jobs/hope_1p3b_{workers}.py", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert f"{workers} ranks (cuda)" in done.stdout
+    assert f"1 micro-steps per quantum, of {4096 * workers:,} tokens" in done.stdout
+    assert f"{workers} workers fit, {workers} train and 0 wait as spares" in done.stdout
+    lr = 4e-4 * (workers / 128) ** 0.5
+    assert re.search(rf"^base +[\d,]+ +{4096 * workers:,} .* {lr:.2g} ", done.stdout, re.MULTILINE)
+
+
+def test_too_many_ranks_are_refused_with_the_ways_out():
+    done = start("jobs/hope_1p3b.py", "--dry-run", "cluster.max_workers=256")
+    assert done.returncode == 1
+    for words in ("128 sequences", "256 ranks", "1048576", "hope_1p3b_256.py", "at most 2048 tokens"):
+        assert words in done.stderr
+
+
+def test_a_table_of_sizes_is_printed_by_command():
+    done = start("-m", "nltrain.cli", "sizes", "jobs/hope_1p3b.py", "70", "train.micro_batch_size=1")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 70 and rows[62][:4] == ["63", "43", "20", "3"]
+    refused = start("-m", "nltrain.cli", "sizes", "jobs/none.py")
+    assert refused.returncode == 1 and "jobs/none.py" in refused.stderr and "Traceback" not in refused.stderr
+
+
 def test_a_dry_run_takes_overrides_and_refuses_what_cannot_run():
     done = start("jobs/hope_1p3b.py", "--dry-run", "levels.levels.slow.period_tokens=1000")
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""Bad data never reaches a level: what is left out is left out on all ranks, at every stage and dtype, and counted."""
+"""Bad data never reaches a level: the bad rank alone is left out, at every stage and dtype, its tokens are counted."""
 
 from functools import partial
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nltrain.levels.guard import HISTORY, LossGuard
+from nltrain.levels.guard import COUNTS, HISTORY, NOT_FINITE, SPIKE, LossGuard, judge_ranks
 from nltrain.levels.ledger import Ledger
 from nltrain.levels.scheduler import LevelScheduler, TrainingStopped
 from tests.levels.ranks import Ranks
@@ -34,11 +34,12 @@ def bad_loss(kind: str, quantum: int, step: int, rank: int, loss: Tensor) -> Ten
 
 
 def planted_loss(stages: str, dtype: str, kind: str, ranks: Ranks) -> dict:
-    """One bad micro-step on one rank, against the run in which that micro-step has no target on any rank."""
+    """One bad micro-step on one rank, against the run in which that rank has no target there."""
     model, scheduler = build(stages, dtype, ranks)
     ticks = train(model, scheduler, ranks.rank, ranks.world_size, range(QUANTA), MICRO_BATCH, partial(bad_loss, kind))
     weights, counts = gathered(scheduler), scheduler.counts
     result = {"tokens": scheduler.tokens, "left_out": scheduler.skipped_micro_steps, "counts": counts}
+    result["left_out_tokens"] = scheduler.left_out_tokens
     result["skipped"] = [tick for tick in ticks if tick.skipped]
     scheduler.close()
 
@@ -47,7 +48,7 @@ def planted_loss(stages: str, dtype: str, kind: str, ranks: Ranks) -> dict:
         for step in range(2):
             first = (quantum * 2 + step) * MICRO_BATCH * ranks.world_size + ranks.rank * MICRO_BATCH
             tokens, targets = batch(range(first, first + MICRO_BATCH))
-            if (quantum, step) == (BAD_QUANTUM, BAD_STEP):
+            if (quantum, step) == (BAD_QUANTUM, BAD_STEP) and ranks.rank == ranks.world_size - 1:
                 targets = torch.full_like(targets, -100)
             scheduler.start_micro_step()
             scheduler.backward(model.loss(tokens, targets), int((targets != -100).sum()))
@@ -69,6 +70,38 @@ class Poison(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         return gradient * float("nan")
+
+
+def padded(stages: str, forward: str, ranks: Ranks) -> dict:
+    """Three ranks, four sequences: two ranks pad. Whatever a padding forward gives, the weights are the same."""
+    found = {}
+    for kind in ("honest", forward):
+        model = Toy()
+        shared = {"optimizer": "adamw", "lr": 1e-2, "phase_tokens": 0}
+        made = levels(4 * SEQ_LEN, (1, 2, 4, 8), STAGES[stages], shared, bucket_elements=2000)
+        scheduler = LevelScheduler(model, made, SEQ_LEN)
+
+        def spoil(quantum: int, step: int, rank: int, loss: Tensor, kind: str = kind) -> Tensor:
+            # A padding rank's loss is exactly 0.
+            padding = not loss.detach().item()
+            if kind == "honest" or not padding:
+                return loss
+            return Poison.apply(loss) if kind == "nan gradients" else loss * float("nan")
+
+        ticks = train(model, scheduler, ranks.rank, ranks.world_size, range(8), 1, spoil)
+        # The windows that a save would write are finite too.
+        open_windows = [f.tensor for name, f in scheduler.fragments().items() if name.endswith(".window")]
+        found[kind] = (gathered(scheduler), [tick.skipped for tick in ticks], scheduler.skipped_micro_steps)
+        finite = all(bool(window.isfinite().all()) for window in open_windows)
+        local = all(bool(value.isfinite().all()) for value in scheduler.rank_state().values())
+        assert finite and local
+        scheduler.close()
+    (weights, skipped, left_out), (expected, *_) = found[forward], found["honest"]
+    return {
+        "equal": all(torch.equal(weights[name], expected[name]) for name in expected),
+        "skipped": [text for text in skipped if text],
+        "left_out": left_out,
+    }
 
 
 def planted_gradient(stages: str, dtype: str, ranks: Ranks) -> dict:
@@ -125,7 +158,7 @@ def spike(ranks: Ranks) -> dict:
     targets = 10
 
     def judge(mean: float, count: int = targets) -> bool:
-        return bool(guard.judge(torch.tensor(mean * count), count).admitted)
+        return int(guard.judge(torch.tensor(mean * count), count).verdict) == COUNTS
 
     noise = (3 + 0.1 * torch.randn(2 * HISTORY, generator=generator)).tolist()
     early = judge(50.0)  # nothing to compare with yet
@@ -139,28 +172,60 @@ def spike(ranks: Ranks) -> dict:
     result["same_state"] = restored.state_dict() == guard.state_dict()
     result["host_state"] = guard.host_state()
     off = LossGuard(None, device, ledger)
-    result["off"] = all(bool(off.judge(torch.tensor(value), 1).admitted) for value in (*noise, 1e9))
-    result["off_nan"] = bool(off.judge(torch.tensor(float("nan")), 1).admitted)
+    result["off"] = all(int(off.judge(torch.tensor(value), 1).verdict) == COUNTS for value in (*noise, 1e9))
+    result["off_nan"] = int(off.judge(torch.tensor(float("nan")), 1).verdict)
     ledger.close()
     return result
 
 
 LOSSES = [(s, d, "nan") for s in STAGES for d in ("fp32", "bf16")] + [("mix", "fp32", "inf"), ("zero1", "bf16", "-inf")]
+PADDED = [(stages, "nan loss") for stages in STAGES] + [("mix", "nan gradients"), ("zero2", "nan gradients")]
 CASES = {
+    3: {f"padded-{s}-{f}": partial(padded, s, f) for s, f in PADDED},
     2: {f"loss-{s}-{d}-{k}": partial(planted_loss, s, d, k) for s, d, k in LOSSES}
     | {f"gradient-{s}-{d}": partial(planted_gradient, s, d) for s in STAGES for d in ("fp32", "bf16")}
     | {f"stuck-{where}": partial(stuck, where) for where in ("loss", "gradient")}
-    | {"spike": spike}
+    | {"spike": spike},
 }
 
 
 @pytest.mark.parametrize(("stages", "dtype", "kind"), LOSSES)
-def test_a_bad_loss_on_one_rank_touches_no_level_on_any_rank(case, stages, dtype, kind):
+def test_a_bad_loss_leaves_out_its_own_rank_and_no_other(case, stages, dtype, kind):
     result = case(2, f"loss-{stages}-{dtype}-{kind}")
     assert result["equal"] and result["finite"]
     assert result["left_out"] == 1 and result["skipped"] == []
+    first = ((BAD_QUANTUM * 2 + BAD_STEP) * 2 + 1) * MICRO_BATCH
+    assert result["left_out_tokens"] == int((batch(range(first, first + MICRO_BATCH))[1] != -100).sum())
     assert result["tokens"] == QUANTA * 2 * MICRO_BATCH * 2 * SEQ_LEN
     assert all(count["done"] == count["due"] for count in result["counts"].values())
+
+
+@pytest.mark.parametrize(("stages", "forward"), PADDED)
+def test_a_rank_without_targets_contributes_exact_zeros_whatever_its_forward_gives(case, stages, forward):
+    assert case(3, f"padded-{stages}-{forward}") == {"equal": True, "skipped": [], "left_out": 0}
+
+
+def rows(*means: float, targets: int = 10) -> Tensor:
+    """What 64 ranks of that mean hand in, the first ones as given, the others at 3.0."""
+    losses = torch.full((64,), 3.0, dtype=torch.float64)
+    losses[: len(means)] = torch.tensor(means, dtype=torch.float64)
+    finite = losses.isfinite()
+    return torch.stack([losses.nan_to_num(0) * targets, torch.full_like(losses, targets), (~finite).double()], 1)
+
+
+def test_a_spike_leaves_out_the_ranks_that_make_it_and_all_where_a_few_do_not_explain_it():
+    limit = torch.tensor(3.1, dtype=torch.float64)
+    left_out = lambda table: {int(r): int(v) for r, v in enumerate(judge_ranks(table, limit)) if v}  # noqa: E731
+    assert left_out(rows(3.3)) == {}  # high, but the mean of all is not
+    assert left_out(rows(3.0, 20.0)) == {1: SPIKE}
+    assert left_out(rows(float("nan"), 20.0, 3.0, 30.0)) == {0: NOT_FINITE, 1: SPIKE, 3: SPIKE}
+    assert left_out(rows(*[9.0] * 10)) == dict.fromkeys(range(10), SPIKE)
+    assert left_out(rows(*[9.0] * 20)) == dict.fromkeys(range(64), SPIKE)
+    table = rows(20.0, float("nan"))
+    table[1:60, 1] = table[1:60, 0] = 0  # no targets there: nothing to leave out, not finite or not
+    assert left_out(table) == {0: SPIKE}
+    assert left_out(torch.zeros(64, 3, dtype=torch.float64)) == {}
+    assert not judge_ranks(rows(1e9), torch.tensor(torch.inf, dtype=torch.float64)).any()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -188,5 +253,5 @@ def test_a_spike_is_left_out_and_does_not_enter_the_statistics(case):
     result = case(2, "spike")
     assert result["early"] and result["noise"] and result["after"] and result["low"] and result["no_targets"]
     assert not result["spike"] and not result["high_on_one_rank"]
-    assert result["host_state"] == (2, 0) and result["same_state"]
-    assert result["off"] and not result["off_nan"]
+    assert result["host_state"] == (2, 0, 2 * 2 * 10) and result["same_state"]
+    assert result["off"] and result["off_nan"] == NOT_FINITE

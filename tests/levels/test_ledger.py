@@ -68,7 +68,6 @@ def count(mode: str, dtype: str, reduce_dtype: str, accumulate: int, ranks: Rank
         for name in NAMES:
             rows[name].append((name in due, ledger.payload(name) - before[name]))
             elements.append((name in due, ledger.optimizer_elements.get(name, 0) - touched.get(name, 0)))
-    gradient_bytes = 2 if reduce_dtype == "bf16" else 4
     weight_bytes = 2 if dtype == "bf16" else 4
     ratios = {}
     for name, engine in scheduler.engines.items():
@@ -78,7 +77,7 @@ def count(mode: str, dtype: str, reduce_dtype: str, accumulate: int, ranks: Rank
             ranks.world_size,
             scheduler.counts[name]["done"],
             quanta * accumulate,
-            gradient_bytes,
+            2 if reduce_dtype == "bf16" and name == "base" else 4,
             weight_bytes,
         )
         ratios[name] = ledger.payload(name) / expected

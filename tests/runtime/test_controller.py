@@ -1,5 +1,6 @@
 """What Ray says about the end of a group of workers, as one failure of ours; and Ray's names that we lean on."""
 
+import importlib
 import inspect
 
 import pytest
@@ -10,6 +11,7 @@ from ray.train.v2._internal.exceptions import (
     WorkerHealthCheckFailedError,
 )
 from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroupState
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -18,6 +20,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from nltrain.runtime import controller
 from nltrain.runtime.failures import NodeLeaving, RankError
+from nltrain.runtime.sizes import Sizes
 
 
 def group(**failures):
@@ -65,12 +68,35 @@ def test_a_running_group_is_grown_but_never_shrunk(free, decided, monkeypatch):
     assert getattr(decision, "num_workers", None) == decided
 
 
+def nodes_with(monkeypatch, policy, workers):
+    monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
+    monkeypatch.setattr(policy, "_get_reserved_resources", lambda: {f"node {i}": {"CPU": 1.0} for i in range(workers)})
+
+
+def test_workers_that_would_not_make_a_quantum_faster_wait_as_spares(monkeypatch, capsys):
+    config = importlib.import_module("jobs.hope_1p3b").config  # 128 sequences, 2 per rank, 32 to 64 workers
+    policy = controller.LiveNodes(ScalingConfig(num_workers=(32, 64), elastic_resize_monitor_interval_s=0))
+    policy.best = Sizes(config)
+    nodes_with(monkeypatch, policy, 63)
+    assert policy.make_decision_for_non_running_worker_group().num_workers == 43
+    assert "63 workers fit, 43 train and 20 wait as spares: 2 micro-steps" in capsys.readouterr().out
+    # Two of the spares are lost, and one of the 43 is replaced: nothing is resized, nothing is said again.
+    running = WorkerGroupState(start_time=-1e9, placement_group_handle=None, workers=[None] * 43, sync_actor=None)
+    nodes_with(monkeypatch, policy, 60)
+    assert isinstance(policy.make_decision_for_running_worker_group(running, None), NoopDecision)
+    nodes_with(monkeypatch, policy, 64)
+    assert policy.make_decision_for_running_worker_group(running, None).num_workers == 64
+    nodes_with(monkeypatch, policy, 31)
+    assert isinstance(policy.make_decision_for_non_running_worker_group(), NoopDecision)
+
+
 def test_ray_still_has_what_we_override():
     for owner, names in (
         (TrainController, ("_execute_resize_decision", "_set_state", "get_worker_group", "get_state")),
         (
             ElasticScalingPolicy,
             (
+                "_count_possible_workers",
                 "_get_reserved_resources",
                 "GET_RESERVED_RESOURCES_INTERVAL_S",
                 "make_decision_for_running_worker_group",

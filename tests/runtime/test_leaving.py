@@ -106,8 +106,8 @@ def ranks(rank, environment, folder, port):
         meter.start()
         time.sleep(0.12 if rank == 1 else 0.02)
         meter.forward_ended()
-        meter.add(*(torch.tensor(x, dtype=torch.float64) for x in (6.0, 2.0)), torch.tensor(True))
-    meter.add(*(torch.tensor(x, dtype=torch.float64) for x in (99.0, 2.0)), torch.tensor(False))
+        meter.add(*(torch.tensor(x, dtype=torch.float64) for x in (6.0, 2.0, 0.0)))
+    meter.add(*(torch.tensor(x, dtype=torch.float64) for x in (0.0, 0.0, 99.0)))
     found["interval"] = meter.take(data_wait_s=0.5 * rank)._asdict()
 
     (folder / f"found-{rank}.json").write_text(json.dumps(found))
@@ -163,7 +163,7 @@ def test_the_slow_rank_is_named_and_the_loss_is_that_of_all(found):
     for rank in each:
         interval = rank["interval"]
         assert interval["loss"] == 3.0
-        assert interval["left_out"] == 1
+        assert (interval["left_out"], interval["left_out_tokens"]) == (1, 99)
         assert interval["slowest_rank"] == 1
         assert interval["slowest_over_median"] > 2
         assert interval["data_wait_s"] == 0.5
@@ -208,6 +208,13 @@ def test_a_nan_at_the_very_end_leaves_no_level_touched_and_the_run_finishes(foun
         r for r in read_rows(folder / "nan_at_the_end") if r["kind"] == "step" and r["tokens"] == QUANTA * QUANTUM
     ]
     assert last["left_out"] >= 1
+    (named,) = [row for row in read_rows(folder / "nan_at_the_end") if row["kind"] == "left_out"]
+    sequences = QUANTUM // SEQ_LEN
+    assert {part["reason"] for part in named["parts"]} == {"loss not finite"}
+    assert {part["rank"] for part in named["parts"]} == set(range(WORLD_SIZE))
+    samples = [sample for part in named["parts"] for sample in part["samples"]]
+    assert sorted(samples) == list(range((QUANTA - 1) * sequences, QUANTA * sequences))
+    assert named["left_out_tokens"] == last["left_out_tokens"] == sum(part["tokens"] for part in named["parts"]) > 0
 
 
 def test_a_folder_belongs_to_one_run(found):
