@@ -92,6 +92,16 @@ def test_the_image_has_a_supported_python_and_all_that_it_copies_exists():
             assert (ROOT / source).exists(), source
 
 
+def test_torch_comes_from_the_index_of_one_cuda_in_the_version_of_the_project():
+    text = (CLUSTER / "Dockerfile").read_text()
+    index = re.search(r"^ARG TORCH_INDEX=https://download\.pytorch\.org/whl/cu(\d+)$", text, re.MULTILINE)
+    assert index
+    [wanted] = [line for line in PROJECT["dependencies"] if line.startswith("torch==")]
+    install = text.index(f'pip install --no-cache-dir --index-url "$TORCH_INDEX" {wanted}')
+    # torch is there before the rest asks for it: pip would take it from PyPI.
+    assert install < text.index("pip install --no-cache-dir .")
+
+
 def test_a_stopped_job_gets_time_to_save_everywhere():
     wanted = f"RAY_JOB_STOP_WAIT_TIME_S={STOP_WAIT_S}"
     assert wanted in (CLUSTER / "Dockerfile").read_text()
