@@ -13,6 +13,7 @@ COMMANDS = {
     "list": ("nltrain.checkpoint.tools:list_main", "the checkpoints of a run"),
     "verify": ("nltrain.checkpoint.tools:verify_main", "check that checkpoints are what was saved"),
     "export": ("nltrain.checkpoint.tools:export_main", "the weights of a checkpoint as safetensors"),
+    "doctor": ("nltrain.runtime.doctor:doctor_main", "whether a Ray cluster is fit for a run; runs on the cluster"),
     "plan": ("nltrain.cli:plan_main", "the resolved config and the plan of a job file, without training"),
 }
 

@@ -77,7 +77,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig
 
-    _connect(ray, address)
+    connect(ray, address)
     from nltrain.runtime.controller import SaveOnSigterm, Trainer, stop_wait_s
     from nltrain.runtime.worker import train_on_worker
 
@@ -193,7 +193,8 @@ def _afresh(config: RunConfig) -> RunConfig:
     return replace(config, checkpoint=replace(config.checkpoint, resume="auto", ignore_attempts_up_to=newest))
 
 
-def _connect(ray: Any, address: str) -> None:
+def connect(ray: Any, address: str) -> None:
+    """Join the cluster at `address`, with this code for its workers. Raises LaunchError with one line."""
     try:
         # The code travels with the run, so that it need not be installed on the nodes.
         runtime_env = {"py_modules": [str(ROOT / "nltrain"), str(ROOT / "kernels")]}
