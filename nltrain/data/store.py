@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from urllib.parse import unquote, urlsplit
@@ -34,6 +35,7 @@ MULTIPART_THRESHOLD_BYTES = 64 << 20
 # What one read copies at a time: small enough for a processor's cache.
 COPY_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
+DELETE_BATCH = 1000  # the most that one DeleteObjects takes
 
 
 class StoreError(Exception):
@@ -73,6 +75,8 @@ class Store(Protocol):
     def list(self, prefix: str = "") -> "list[StoredObject]": ...
 
     def delete(self, key: str) -> None: ...
+
+    def delete_many(self, keys: "Sequence[str]") -> None: ...
 
     def exists(self, key: str) -> bool: ...
 
@@ -191,6 +195,10 @@ class LocalStore:
                 folder.rmdir()
             except OSError:  # not empty, or gone already: nothing left to tidy above it either
                 break
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.delete(key)
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
@@ -344,6 +352,18 @@ class S3Store:
     def delete(self, key: str) -> None:
         self._call("delete", key, lambda client, _: client.delete_object(Bucket=self.bucket, Key=self._key(key)))
 
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """As `delete`, a thousand in one request."""
+
+        for first in range(0, len(keys), DELETE_BATCH):
+            batch = keys[first : first + DELETE_BATCH]
+            self._call("delete", batch[0], partial(self._delete_batch, batch))
+
+    def _delete_batch(self, keys: Sequence[str], client: Any, ambiguous: bool) -> None:
+        listed = {"Objects": [{"Key": self._key(key)} for key in keys], "Quiet": True}
+        if refused := client.delete_objects(Bucket=self.bucket, Delete=listed).get("Errors", []):
+            raise _refused_delete(refused[0])
+
     def exists(self, key: str) -> bool:
         try:
             self.size(key)
@@ -472,6 +492,16 @@ def _new_client(url: str, timeout_s: float) -> Any:
         raise StoreError(
             f"{url}: S3 client: {_one_line(error)}: check the AWS_* variables and ~/.aws/config"
         ) from error
+
+
+def _refused_delete(entry: dict[str, Any]) -> Exception:
+    """What an answer with status 200 says of one object, as the error it would have been alone."""
+    from botocore.exceptions import ClientError
+
+    code = entry.get("Code", "")
+    status = {"InternalError": 500, "SlowDown": 503, "ServiceUnavailable": 503}.get(code, 403)
+    detail = {"Code": code, "Message": f"{entry.get('Key')}: {entry.get('Message', '')}"}
+    return ClientError({"Error": detail, "ResponseMetadata": {"HTTPStatusCode": status}}, "DeleteObjects")
 
 
 def _one_line(error: BaseException) -> str:

@@ -306,21 +306,23 @@ class Controller(TrainController):
             self._failure_policy.note("resize", reason=words)
         return super()._execute_resize_decision(decision)
 
-    async def stop(self) -> bool:
-        """Ask the ranks to save and end; False where there are none now."""
+    async def stop(self, left_s: float) -> bool:
+        """Ask the ranks to save and end within `left_s`; False where there are none now."""
         self._failure_policy.stopping = True
-        return self._ask(Wish.STOP)
+        return self._ask(Wish.STOP, left_s)
 
     async def verdict(self) -> tuple[Failure, Verdict] | None:
         """The last failure and what was decided about it."""
         return self._failure_policy.last
 
-    def _ask(self, wish: Wish) -> bool:
+    def _ask(self, wish: Wish, left_s: float = math.inf) -> bool:
         group = self.get_worker_group()
         if group is None:
             return False
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get([worker.execute_async(ask_to_leave, int(wish)) for worker in group.get_workers()], timeout=10)
+            ray.get(
+                [worker.execute_async(ask_to_leave, int(wish), left_s) for worker in group.get_workers()], timeout=10
+            )
             return True
         return False
 

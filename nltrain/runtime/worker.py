@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import faulthandler
 import logging
+import math
 import mmap
 import os
 import signal
@@ -36,13 +37,16 @@ class _Told:
     """What this process has been told; the controller's words may come before the training begins."""
 
     wish = Wish.GO_ON
+    killed_s = math.inf
+    """on this machine's monotonic clock"""
     training = threading.Event()
     left = threading.Event()
 
 
-def ask_to_leave(wish: int) -> None:
-    """Called in the rank's process by the controller."""
+def ask_to_leave(wish: int, left_s: float = math.inf) -> None:
+    """Called in the rank's process by the controller: in `left_s` the process is killed."""
     _Told.wish = max(_Told.wish, Wish(wish))
+    _Told.killed_s = min(_Told.killed_s, time.monotonic() + left_s)
 
 
 def wait_until_left(timeout_s: float) -> bool:
@@ -108,6 +112,9 @@ class RankSupervision:
 
     def wish(self) -> Wish:
         return max(_Told.wish, Wish.PREEMPTED if self._preempted() else Wish.GO_ON)
+
+    def left_s(self) -> float:
+        return _Told.killed_s - time.monotonic()
 
     def close(self) -> None:
         """Nobody watches any more."""
