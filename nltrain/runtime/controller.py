@@ -22,6 +22,7 @@ from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
@@ -38,6 +39,7 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from nltrain.config import RunConfig, from_dict
 from nltrain.data import MissingObjectError, StoreError, open_store
 from nltrain.runtime.failures import Failure, FailureLedger, Verdict, summary
+from nltrain.runtime.probe import DeviceRefusedError, driver_problem, read_driver
 from nltrain.runtime.strikes import Place, Strikes, note_strike
 from nltrain.runtime.worker import ask_to_leave, on_sigterm, wait_until_left
 from nltrain.track.events import behind, put_event, read_events
@@ -78,6 +80,17 @@ class SaveOnSigterm(WorkerCallback):
     def after_init_train_context(self) -> None:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
+
+
+class CheckDriver(WorkerCallback):
+    """On each rank, before Ray makes the group and NCCL ends in words of its own: the driver runs torch's CUDA."""
+
+    def __init__(self, device: str, driver: Callable[[], str] = read_driver) -> None:
+        self._device, self._driver = device, driver
+
+    def after_init_train_context(self) -> None:
+        if self._device == "cuda" and (problem := driver_problem(self._driver(), torch.version.cuda)):
+            raise DeviceRefusedError(f"{socket.gethostname()}: {problem}")
 
 
 class JudgedFailures(FailurePolicy):
@@ -202,6 +215,8 @@ def diagnose(error: Exception) -> Failure:
         preempted = any(_is_preempted_actor(each) for each in error.worker_failures.values())
         return Failure.of_ranks(error.worker_failures, preempted)
     cause = error.controller_failure if isinstance(error, ControllerError) else error
+    if isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
+        cause = cause.cause  # what a worker raised, without Ray's account of how it came here
     words = " ".join(str(cause).split())[:500]
     if isinstance(cause, WorkerGroupStartupTimeoutError):
         return Failure("capacity", words)

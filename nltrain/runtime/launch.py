@@ -79,7 +79,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
     from ray.train.torch import TorchConfig
 
     connect(ray, address)
-    from nltrain.runtime.controller import SaveOnSigterm, Trainer, stop_wait_s
+    from nltrain.runtime.controller import CheckDriver, SaveOnSigterm, Trainer, stop_wait_s
     from nltrain.runtime.worker import train_on_worker
 
     _check_size(ray, cluster)
@@ -109,7 +109,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
             storage_path=join_url(_absolute(config.checkpoint.url), config.name),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
-            callbacks=[SaveOnSigterm()],
+            callbacks=[SaveOnSigterm(), CheckDriver(cluster.device)],
         ),
     )
     # Who started the job by hand decides alone when to kill it.

@@ -1,9 +1,11 @@
 """S3 and a local folder behave alike; faults are survived, mistakes are explained in one line and quickly."""
 
+import http.client
 import os
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -85,6 +87,26 @@ def test_an_object_refused_within_a_batch_is_an_error_or_tried_again(code: str, 
     with pytest.raises(StoreError, match=code):
         store.delete_many(["a"])
     assert store._client.calls == tries
+
+
+@pytest.mark.parametrize("trailer", [False, True])
+def test_an_upload_takes_a_turn_of_the_interpreter_per_megabyte_not_per_16_kib(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, trailer: bool
+) -> None:
+    """Over HTTPS the checksum follows the body, which botocore wraps for it: one more reader in between."""
+    if trailer:
+        monkeypatch.setattr("botocore.httpchecksum.urlparse", lambda url: urlsplit(url)._replace(scheme="https"))
+    turns = []
+    send = http.client.HTTPConnection.send
+    monkeypatch.setattr(
+        http.client.HTTPConnection, "send", lambda self, data: turns.append(len(data)) or send(self, data)
+    )
+    store, data = open_store(bucket + "/blocks"), os.urandom(16 << 20)
+    store.put("large", memoryview(data))
+    assert sum(turns) >= len(data)
+    assert len(turns) <= 16 + 8
+    monkeypatch.undo()
+    assert store.get("large") == data
 
 
 def test_put_if_absent_creates_once(store: Store) -> None:
