@@ -49,6 +49,8 @@ from nltrain.track.supervision import Wish
 # A note must not hold up a restart: few tries, short silence.
 NOTE_ATTEMPTS, NOTE_TIMEOUT_S = 3, 5.0
 PROBE_TIMEOUT_S = 3.0
+# A rank that died within this time after it had said that it is stuck died of that.
+STUCK_BEFORE_S = 60.0
 
 
 def own_rank() -> int:
@@ -152,7 +154,9 @@ class JudgedFailures(FailurePolicy):
         """Count the failure against the node of the rank that caused it, where that is one node."""
         ranks = failure.ranks
         try:
-            hang = behind(read_events(self._store(), self.config.name, self.placed_s, ("hang", "stuck")))
+            # The rank is dead; what its watchdog says of that comes later than what it said before.
+            since_s = max(self.placed_s, time.time() - STUCK_BEFORE_S)
+            hang = behind(read_events(self._store(), self.config.name, since_s, ("hang", "stuck")), killed=True)
         except StoreError:
             hang = None
         if hang is not None:

@@ -17,6 +17,8 @@ import torch.distributed as dist
 # The oldest driver that runs a CUDA of this major version (NVIDIA's minor version compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 MATMUL_SIZE = {"cpu": 128, "cuda": 4096}
+BF16_INNER = 64  # terms of at most 4 each
+CHECKED_ROWS = 16  # of the fp64 product, against integers on the CPU, which are slow
 MATMUL_REPEATS = {"cpu": 1, "cuda": 8}
 # Left to whatever else lives on the card while its memory is looked at.
 MEMORY_RESERVE_BYTES = 2 << 30
@@ -74,18 +76,21 @@ Product = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def probe_compute(device: torch.device, product: Product = torch.matmul) -> None:
-    """Products of known integers in fp32 and bf16. Raises DeviceRefusedError where one differs in a single element."""
+    """Products of known integers in fp32 and bf16. Raises DeviceRefusedError where one differs in a single element.
+
+    Exact whatever the order of summation, and so whatever kernel is chosen: sums of fp32 stay below 2^24, and those of
+    bf16, which has 8 bits, below 2^8, partial ones included.
+    """
     size = MATMUL_SIZE[device.type]
-    a, b = _integers(size, 7).to(device), _integers(size, 3).to(device)
-    # On the device too, but by another way: fp64 units, no tensor cores.
-    exact = (a.double() @ b.double()).cpu()
-    head = min(size, 64)
-    if not torch.equal(exact[:head].to(torch.int64), _integers(size, 7)[:head] @ _integers(size, 3)):
-        raise DeviceRefusedError(f"{_name(device)}: fp64 matmul of {size} x {size} integers is wrong")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, inner in ((torch.float32, size), (torch.bfloat16, BF16_INNER)):
+        a, b = _integers(size, 7)[:, :inner], _integers(size, 3)[:inner]
+        there = a.to(device), b.to(device)
+        # On the device too, but by another way: fp64 units, no tensor cores.
+        exact = (there[0].double() @ there[1].double()).cpu()
+        if not torch.equal(exact[:CHECKED_ROWS].to(torch.int64), a[:CHECKED_ROWS] @ b):
+            raise DeviceRefusedError(f"{_name(device)}: fp64 matmul of {size} x {inner} integers is wrong")
         for _ in range(MATMUL_REPEATS[device.type]):
-            # Sums of integers below 2^24 are exact in fp32, in whatever order; bf16 then rounds once.
-            wrong = int((product(a.to(dtype), b.to(dtype)).cpu() != exact.to(torch.float32).to(dtype)).sum())
+            wrong = int((product(there[0].to(dtype), there[1].to(dtype)).cpu() != exact.to(dtype)).sum())
             if wrong:
                 raise DeviceRefusedError(
                     f"{_name(device)}: {wrong} elements of a {size} x {size} matmul in {dtype} are wrong"

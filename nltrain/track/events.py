@@ -33,15 +33,17 @@ def read_events(store: EventStore, run: str, since_s: float = 0.0, kinds: Collec
     return [json.loads(store.get(key)) for key in recent]
 
 
-def behind(events: list[Row]) -> Row | None:
+def behind(events: list[Row], killed: bool = False) -> Row | None:
     """Of the ranks that were stuck together, the one that the others waited for; None where there was no hang.
+
+    A rank that was stuck may have gone on: a hang is what one was killed for, or is known to have been (`killed`).
 
     When one rank hangs in a collective all look hung: named is one whose process does not run, else the one that has
     joined the fewest collectives, else the one that came least far, else the longest silent.
     """
-    if not any(event["kind"] == "hang" for event in events):
-        return None
     stuck = [event for event in events if event["kind"] in ("hang", "stuck")]
+    if not stuck or not (killed or any(event["kind"] == "hang" for event in stuck)):
+        return None
     return min(
         stuck,
         key=lambda each: (

@@ -108,6 +108,12 @@ def test_a_hung_rank_is_found_and_its_stacks_are_kept(story):
     assert "train_on_worker" in stacks[0]
 
 
+def test_the_hang_speaks_against_the_node_of_the_rank_that_caused_it(story):
+    strikes = read_events(open_store("s3://drill/runs"), "story", kinds=("strike",))
+    assert strikes[-1]["text"] == "rank 1 hung"
+    assert "left out" not in story.job.log
+
+
 def test_the_run_ends_complete_each_quantum_once_and_every_tick_right(story):
     assert story.exit_code == 0
     rows = story.job.rows()

@@ -149,6 +149,16 @@ def test_one_wrong_element_of_a_product_refuses_the_device():
         probe_compute(CPU, faulty)
 
 
+def test_a_product_is_exact_in_whatever_order_it_is_summed():
+    """A kernel may cut the sum into parts and add those up in bf16."""
+
+    def in_parts(a, b):
+        half = a.shape[1] // 2
+        return a[:, :half] @ b[:half] + a[:, half:] @ b[half:]
+
+    probe_compute(CPU, in_parts)
+
+
 def test_one_bit_that_memory_does_not_keep_refuses_the_device():
     def faulty(held):
         held[7] ^= 1

@@ -102,7 +102,8 @@ def policy(tmp_path, monkeypatch):
 
 
 def test_a_hang_is_a_strike_against_the_node_of_the_rank_behind_not_of_the_killed(policy):
-    for event in [stuck("stuck", 2, 40), stuck("hang", 0, 41)]:
+    # The word of a kill comes after the controller has heard of the death.
+    for event in [stuck("stuck", 2, 40), stuck("stuck", 0, 41)]:
         put_event(policy._store(), "p", event.pop("kind"), str(event["rank"]), **event)
     policy._strike(failed(r0=RuntimeError("died"), r1=RuntimeError("died"), r2=RuntimeError("died")))
     [strike] = read_events(policy._store(), "p", kinds=("strike",))
