@@ -173,6 +173,18 @@ def test_a_leaving_pod_drains_within_its_grace(name):
     assert seconds == int(sleep.split()[1]) < grace
 
 
+@pytest.mark.parametrize("name", KUBERAY)
+def test_a_worker_joins_under_the_name_of_its_machine(name):
+    """Strikes are kept by that name: a pod that comes back gets another address, not another machine."""
+    from ray.scripts import scripts
+
+    [group] = ray_cluster_spec(name)["workerGroupSpecs"]
+    *_, worker = containers(name)
+    assert group["rayStartParams"]["node-name"] == "$NODE_NAME"
+    assert {"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}} in worker["env"]
+    assert "--node-name" in [option for parameter in scripts.start.params for option in parameter.opts]
+
+
 def test_the_ports_are_rays():
     for name in KUBERAY:
         head = next(containers(name))
