@@ -178,6 +178,8 @@ def _probe(config: RunConfig) -> str:
     from nltrain.runtime.probe import probe, probe_link
 
     device = torch.device(config.cluster.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())  # Ray has set it
     text = probe(device)
     link = probe_link(device)
     return f"{text}; all-reduce {link.gb_per_s:.2f} GB/s a rank"
