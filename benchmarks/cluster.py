@@ -4,7 +4,8 @@
 
 Real `ray start`, `ray job submit`, raylets, workers and an S3 server behind a proxy that can be cut. First a run loses
 a node and gets it back, then it meets faults of every kind in an order drawn from a seed; it is stopped, submitted
-again and ends. Another run of the same config, never disturbed while two other processes keep the cores busy, gives
+again and ends. The last fault is a node on which a rank dies at each start: a run of its own has to leave it out and
+end. Another run of the same config, never disturbed while two other processes keep the cores busy, gives
 the loss curve to compare with, and must see no restart. --json prints one JSON object as the last line; the exit code
 is 1 when a bound of BOUNDS is missed. --quick: two faults, and a shorter quiet run.
 """
@@ -21,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nltrain.runtime.drill import QUANTUM, Drill, DrillError, Job
+from nltrain.runtime.drill import DIE_ON_BAD_NODE, QUANTUM, Drill, DrillError, Job, planted
 from nltrain.runtime.status import read_status
 from nltrain.track.goodput import goodput
 from nltrain.track.metrics import effective
@@ -38,6 +39,8 @@ BOUNDS: dict[str, Callable[[Any], bool]] = {
     "grow_back_s": lambda x: x <= 90,
     "tokens_wasted": lambda x: x <= INTERVAL,
     "faults_missed": lambda x: x == 0,
+    "bad_node_left_out": lambda x: x is True,
+    "bad_node_run_right": lambda x: x is True,
     "samples_lost": lambda x: x == 0,
     "samples_repeated": lambda x: x == 0,
     "ticks_right": lambda x: x is True,
@@ -56,7 +59,10 @@ SETTINGS = {
     "levels__schedule__kind": "constant",
     "cluster__hang_timeout_s": 15,
     "cluster__max_failures": 100,
+    # The faults are dealt by us: no node is to blame.
+    "cluster__max_node_strikes": 0,
 }
+BAD_NODE_QUANTA = 40
 
 
 class Faults:
@@ -146,6 +152,26 @@ def meet_faults(drill: Drill, job: Job, number: int, seed: int) -> dict[str, Any
     return {"faults": number, "faults_survived": len(dealt), "faults_missed": number - len(dealt), "dealt": dealt}
 
 
+def meet_bad_node(drill: Drill, folder: Path) -> dict[str, Any]:
+    """A fourth node on which each rank dies in its first quantum; the run has to end without it."""
+    begun_s = time.time()
+    bad = drill.cluster.add_node(1, BAD_NODE="1")
+    values = SETTINGS | {"cluster__max_workers": drill.num_nodes + 1, "cluster__max_node_strikes": 3}
+    job = drill.submit("bad-node", BAD_NODE_QUANTA, root=planted(folder, DIE_ON_BAD_NODE), **values)
+    exit_code = job.wait(2 * SURVIVE_S)
+    bad.stop()
+    attempts = job.rows("attempt")
+    steps = [row["step"] for row in effective(job.rows()) if row["kind"] == "step"]
+    first = next((row["time_s"] for row in job.rows("step")), time.time())
+    return {
+        "bad_node_left_out": f"node {bad.name} is left out from now on: 3 strikes" in job.log,
+        "bad_node_run_right": exit_code == 0
+        and attempts[-1]["workers"] == drill.num_nodes
+        and steps == list(range(1, BAD_NODE_QUANTA + 1)),
+        "bad_node_s": round(first - begun_s, 1),
+    }
+
+
 def finish(drill: Drill, job: Job, name: str) -> tuple[Job, int]:
     """`ray job stop`, then the same run again with 20 quanta to go."""
     job.stop()
@@ -221,7 +247,9 @@ def loss_difference(one: Job, other: Job) -> dict[str, Any]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="2 faults instead of 10, and a shorter quiet run")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 faults instead of 10 before the last, and a shorter quiet run"
+    )
     parser.add_argument("--faults", type=int, help="how many; default 10, with --quick 2")
     parser.add_argument("--seed", type=int, default=0, help="order and moments of the faults")
     options = parser.parse_args()
@@ -235,6 +263,8 @@ def main() -> int:
             found |= meet_faults(drill, job, options.faults or (2 if options.quick else 10), options.seed)
             job, total = finish(drill, job, "faults")
             found |= exactness(job, total)
+            found |= meet_bad_node(drill, Path(folder))
+            print(f"left a bad node out: {found['bad_node_left_out']}", flush=True)
             quiet, alarms = undisturbed(drill, options.quick)
             found |= alarms | loss_difference(job, quiet)
         found["processes_left"] = len(drill.owner.processes())

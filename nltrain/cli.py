@@ -18,6 +18,7 @@ COMMANDS = {
     "verify": ("nltrain.checkpoint.tools:verify_main", "check that checkpoints are what was saved"),
     "export": ("nltrain.checkpoint.tools:export_main", "the weights of a checkpoint as safetensors"),
     "sizes": ("nltrain.cli:sizes_main", "how many of N workers a job would use, and how fast, for N = 1, 2, ..."),
+    "doctor": ("nltrain.runtime.doctor:doctor_main", "whether a Ray cluster is fit for a run; runs on the cluster"),
     "plan": ("nltrain.cli:plan_main", "the resolved config and the plan of a job file, without training"),
 }
 

@@ -93,10 +93,11 @@ class RunConfig:
                 f"checkpoint.every_tokens={self.checkpoint.every_tokens}: not a whole number of quanta of "
                 f"{quantum} tokens"
             )
-        if (self.levels.fold_every_tokens or 0) != self.checkpoint.every_tokens:
+        fold, every = self.levels.fold_every_tokens, self.checkpoint.every_tokens
+        if every % fold if fold else every:
             raise ConfigError(
-                f"levels.fold_every_tokens={self.levels.fold_every_tokens}: must equal checkpoint.every_tokens="
-                f"{self.checkpoint.every_tokens}, or saves would not resume exactly at another world size"
+                f"levels.fold_every_tokens={fold}: checkpoint.every_tokens={every} must be a whole multiple of it, or "
+                "saves would not resume exactly at another world size"
             )
 
     @property

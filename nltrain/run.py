@@ -77,6 +77,11 @@ MAY_CHANGE = (
 )
 
 
+# Of the time until a kill, what is kept for the rest: gathering, the commit, the last rows.
+LEAVE_RESERVE_S = 10.0
+FOREVER_S = 1e9
+
+
 class Run:
     """One rank's part of a run. Use as a context manager; every method is called by all ranks alike."""
 
@@ -105,6 +110,7 @@ class Run:
         self._wait_s = 0.0
         self._validation: Validation | None = None
         self._saved_at = -1
+        self._saved_bytes, self._bytes_per_s = 0, 0.0  # of the last save, as measured
         self._checkpoint = ""
         self._logged_at = 0
         self._ticked: Counter[str] = Counter()
@@ -215,9 +221,10 @@ class Run:
         )
 
     def checkpoint_is_due(self) -> bool:
-        return self.checkpoints.due(self.tokens - self.config.quantum_tokens, self.tokens)
+        at_fold = self.config.levels.fold_every_tokens is None or self.levels.unreduced_bytes == 0
+        return self.checkpoints.due(self.tokens - self.config.quantum_tokens, self.tokens, at_fold)
 
-    def save(self) -> bool:
+    def save(self, retain: bool = True) -> bool:
         """Start a checkpoint of this moment; training waits for the copy to host memory only. False: skipped."""
         self._beat(SAVING)
         with self.meter.paused():
@@ -231,7 +238,7 @@ class Run:
             }
             own = {"rng": capture_rng(), "levels": self.levels.rank_state()}
             weights = {name: (f"{name}.master", shape) for name, shape in self._shapes.items()}
-            started = self.checkpoints.save(self.tokens, self.levels.fragments(), state, own, weights)
+            started = self.checkpoints.save(self.tokens, self.levels.fragments(), state, own, weights, retain)
             self._log_saves()
         if started:
             self._saved_at, self._checkpoint = self.tokens, checkpoint_name(self.tokens, self.attempt)
@@ -245,7 +252,8 @@ class Run:
     def leave(self) -> dict[str, Any]:
         """Save this moment and go, before the run is complete. Returns what `left` says why."""
         left = LEFT_AS[self._wish]
-        self._save_for_good()
+        self._fold_before_leaving()
+        self._save_for_good(retain=False)
         self.record.goodput(self.tokens)
         self._row("end", reason=left, level_updates=self.levels.counts)
         self.record.publish()
@@ -339,9 +347,28 @@ class Run:
                 f"({row['mode']}), {row['decay']}"
             )
 
-    def _save_for_good(self) -> None:
+    def _fold_before_leaving(self) -> None:
+        """Sums that are not reduced make a save several times as large. Where the world changes anyway, reduce them;
+        the user's stop keeps them, and with them the order of summation, where that can be written in time."""
+        self._log_saves()
+        left_ms = int(1000 * min(FOREVER_S, max(0.0, self._supervision.left_s() - LEAVE_RESERVE_S)))
+        mine = [self.levels.unreduced_bytes, left_ms, int(self._bytes_per_s), self._saved_bytes]
+        rows = self._ranks.gather_ints(mine)
+        unreduced, left_s, rate = sum(row[0] for row in rows), min(row[1] for row in rows) / 1000, rows[0][2]
+        size = unreduced + rows[0][3]
+        if not unreduced or (self._wish == Wish.STOP and (left_s >= FOREVER_S or size <= rate * left_s)):
+            return
+        if self._wish == Wish.STOP:
+            speed = f"at {rate / 1e6:,.0f} MB/s" if rate else "at a speed that no save has shown yet"
+            self.record.say(
+                f"stopping: {size / 1e9:.2f} GB {speed} are not sure to be written in the {left_s:.0f} s that are "
+                f"left. Gradient sums are folded first: the run goes on within fp32 rounding, not bit for bit"
+            )
+        self.levels.fold()
+
+    def _save_for_good(self, retain: bool = True) -> None:
         """A committed checkpoint of this very moment, whatever the policy says of a busy writer."""
-        while self._saved_at != self.tokens and not self.save():
+        while self._saved_at != self.tokens and not self.save(retain):
             time.sleep(0.2)  # the one in flight is on its way
         self._beat(SAVING)
         self.checkpoints.wait()
@@ -383,6 +410,9 @@ class Run:
             values = result._asdict() | {"saved_tokens": result.tokens}
             del values["tokens"]
             self._row("checkpoint" if not result.error else "checkpoint_failed", **values)
+            if not result.error:
+                self._saved_bytes = result.num_bytes
+                self._bytes_per_s = result.num_bytes / max(result.write_seconds, 1e-3)
             self.record.publish()
 
 

@@ -197,9 +197,7 @@ def delete_checkpoint(store: Store, run: str, name: str, attempt: int) -> None:
 
 def _delete_files(store: Store, run: str, name: str) -> None:
     folder = key_of(run, name, "")
-    for item in store.list(folder):
-        if item.key != folder + MANIFEST:
-            store.delete(item.key)
+    store.delete_many([item.key for item in store.list(folder) if item.key != folder + MANIFEST])
 
 
 def apply_retention(

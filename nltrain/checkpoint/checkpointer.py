@@ -67,6 +67,7 @@ class _Job(NamedTuple):
     own: Staging
     own_json: bytes
     stall_seconds: float
+    retain: bool
 
 
 class _Plan(NamedTuple):
@@ -98,12 +99,14 @@ class Checkpointer:
         self._saved_tokens = -1
         self._last_save_s = time.monotonic()
 
-    def due(self, tokens_before: int, tokens: int) -> bool:
-        """Whether the quantum that ended at `tokens` calls for a save. Collective only where every_minutes is on."""
+    def due(self, tokens_before: int, tokens: int, at_fold: bool = True) -> bool:
+        """Whether the quantum that ended at `tokens` calls for a save. Collective only where every_minutes is on.
+
+        `at_fold`: whether nothing is unreduced now, equal on all ranks; saves by the clock wait for it."""
         every = self.config.every_tokens
         if every and tokens // every > tokens_before // every:
             return True
-        if self.config.every_minutes:
+        if self.config.every_minutes and at_fold:
             # One rank's clock decides: clocks that differ must not part the ranks.
             late = time.monotonic() - self._last_save_s >= 60 * self.config.every_minutes
             return bool(self._ranks.gather_ints([late])[0][0])
@@ -144,13 +147,14 @@ class Checkpointer:
         state: Mapping[str, Any],
         rank_state: Mapping[str, Any] | None = None,
         weights: Weights | None = None,
+        retain: bool = True,
     ) -> bool:
         """Save at `tokens`; returns False where the policy skipped it because one is in flight.
 
         state: JSON, equal on all ranks; its entries "config" and "dataset_fingerprint" are named in the manifest.
         rank_state: JSON and tensors of this rank alone. weights: {parameter: (fragment name, shape)}, for export.
-        Values are taken before this returns. Raises StaleAttemptError when a newer attempt has begun, SaveFailedError
-        after config.max_failures failures in a row, CheckpointError where the ranks disagree.
+        retain: False where ranks wait to leave; nothing old is deleted then. Values are taken before this returns.
+        Raises StaleAttemptError when a newer attempt has begun, SaveFailedError after config.max_failures in a row.
         """
         began = time.monotonic()
         data = canonical_json(state)
@@ -181,7 +185,7 @@ class Checkpointer:
         config_hash = sha256_of(state["config"]) if "config" in state else ""
         fingerprint = str(state.get("dataset_fingerprint", ""))
         self._last_save_s = time.monotonic()
-        job = _Job(name, tokens, data, config_hash, fingerprint, own, own_json, self._last_save_s - began)
+        job = _Job(name, tokens, data, config_hash, fingerprint, own, own_json, self._last_save_s - began, retain)
         self._thread = threading.Thread(target=self._write, args=(job,), name=f"save-{tokens}", daemon=True)
         self._thread.start()
         if not self.config.asynchronous:
@@ -368,6 +372,8 @@ class Checkpointer:
         except Exception as error:  # the other ranks wait for this answer
             return {"error": f"commit: {type(error).__name__}: {error}"}
         deleted: list[str] = []
+        if not job.retain:
+            return {"bytes": manifest.num_bytes, "deleted": deleted}
         try:
             keep_last, keep_every = self.config.keep_last, self.config.keep_every_tokens
             deleted = apply_retention(self.store, self.run, self.attempt, keep_last, keep_every, self._refused)

@@ -12,7 +12,7 @@ class CheckpointConfig:
     every_tokens: int = 0
     """Save when T passes a multiple of this; the fold falls there, so it is exact at any world size. 0: off."""
     every_minutes: float = 0.0
-    """Also save when this many minutes have passed since the last save; exact at the same world size. 0: off."""
+    """Also save at the next fold when this many minutes have passed since the last save. 0: off."""
     keep_last: int = 3
     """Complete checkpoints kept, newest first. At least 1; 2 or more leave one to fall back to."""
     keep_every_tokens: int = 0

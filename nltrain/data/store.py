@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
 from urllib.parse import unquote, urlsplit
@@ -33,7 +34,10 @@ CONNECT_TIMEOUT_S = 5.0
 MULTIPART_THRESHOLD_BYTES = 64 << 20
 # What one read copies at a time: small enough for a processor's cache.
 COPY_BYTES = 1 << 20
+# What one turn of the interpreter sends.
+UPLOAD_BLOCK_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
+DELETE_BATCH = 1000  # the most that one DeleteObjects takes
 
 
 class StoreError(Exception):
@@ -73,6 +77,8 @@ class Store(Protocol):
     def list(self, prefix: str = "") -> "list[StoredObject]": ...
 
     def delete(self, key: str) -> None: ...
+
+    def delete_many(self, keys: "Sequence[str]") -> None: ...
 
     def exists(self, key: str) -> bool: ...
 
@@ -191,6 +197,10 @@ class LocalStore:
                 folder.rmdir()
             except OSError:  # not empty, or gone already: nothing left to tidy above it either
                 break
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.delete(key)
 
     def exists(self, key: str) -> bool:
         return self._path(key).is_file()
@@ -344,6 +354,18 @@ class S3Store:
     def delete(self, key: str) -> None:
         self._call("delete", key, lambda client, _: client.delete_object(Bucket=self.bucket, Key=self._key(key)))
 
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """As `delete`, a thousand in one request."""
+
+        for first in range(0, len(keys), DELETE_BATCH):
+            batch = keys[first : first + DELETE_BATCH]
+            self._call("delete", batch[0], partial(self._delete_batch, batch))
+
+    def _delete_batch(self, keys: Sequence[str], client: Any, ambiguous: bool) -> None:
+        listed = {"Objects": [{"Key": self._key(key)} for key in keys], "Quiet": True}
+        if refused := client.delete_objects(Bucket=self.bucket, Delete=listed).get("Errors", []):
+            raise _refused_delete(refused[0])
+
     def exists(self, key: str) -> bool:
         try:
             self.size(key)
@@ -409,11 +431,40 @@ class _View(io.RawIOBase):
         self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: len(self._data)}[whence]
         return self._position
 
-    def readinto(self, buffer: Any) -> int:
-        part = self._data[self._position : self._position + len(buffer)]
-        buffer[: len(part)] = part
+    def read(self, size: int | None = -1) -> Any:
+        """A view of the next bytes: whoever sends them copies them, and nobody else."""
+        stop = len(self._data) if size is None or size < 0 else self._position + size
+        part = self._data[self._position : stop]
         self._position += len(part)
+        return part
+
+    def readinto(self, buffer: Any) -> int:
+        part = self.read(len(buffer))
+        buffer[: len(part)] = part
         return len(part)
+
+
+class _Blocks:
+    """A request's body that is read in large blocks, whatever its reader asks for.
+
+    urllib3 asks for 16 KiB at a time: 4,096 turns of the interpreter for a file of 64 MiB, each of which a training
+    loop on another thread waits for; with a checksum in the trailer each also copies the rest of a megabyte.
+    """
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    def read(self, size: int = -1) -> Any:
+        return self._body.read(max(size, UPLOAD_BLOCK_BYTES) if size >= 0 else size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)  # seek and tell, where the body has them
+
+
+def _send_in_blocks(request: Any, **_: Any) -> None:
+    """A handler of botocore's event before-send."""
+    if hasattr(request.body, "read"):
+        request.body = _Blocks(request.body)
 
 
 class ShortBodyError(Exception):
@@ -467,11 +518,23 @@ def _new_client(url: str, timeout_s: float) -> Any:
         with _sessions_lock:  # sessions are not thread-safe
             session = _session()
             region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
-            return session.client("s3", region_name=region, config=config)
+            client = session.client("s3", region_name=region, config=config)
+            client.meta.events.register("before-send.s3", _send_in_blocks)
+            return client
     except (BotoCoreError, ValueError) as error:
         raise StoreError(
             f"{url}: S3 client: {_one_line(error)}: check the AWS_* variables and ~/.aws/config"
         ) from error
+
+
+def _refused_delete(entry: dict[str, Any]) -> Exception:
+    """What an answer with status 200 says of one object, as the error it would have been alone."""
+    from botocore.exceptions import ClientError
+
+    code = entry.get("Code", "")
+    status = {"InternalError": 500, "SlowDown": 503, "ServiceUnavailable": 503}.get(code, 403)
+    detail = {"Code": code, "Message": f"{entry.get('Key')}: {entry.get('Message', '')}"}
+    return ClientError({"Error": detail, "ResponseMetadata": {"HTTPStatusCode": status}}, "DeleteObjects")
 
 
 def _one_line(error: BaseException) -> str:

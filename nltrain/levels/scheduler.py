@@ -207,6 +207,17 @@ class LevelScheduler:
                 engine.window.fold()
 
     @property
+    def unreduced_bytes(self) -> int:
+        """Of this rank's sums that a fold would move into shards; equal on all ranks."""
+        windows = [engine.window for engine in self.engines.values()]
+        return sum(
+            sums.numel() * sums.element_size()
+            for window in windows
+            if isinstance(window, LocalWindow) and window.has_local
+            for sums in window.sums
+        )
+
+    @property
     def counts(self) -> dict[str, dict[str, int]]:
         """{level: {done, skipped, due}}; done + skipped == due."""
         return {

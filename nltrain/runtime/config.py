@@ -31,6 +31,11 @@ class ClusterConfig:
     """Restarts because a node was taken away, over the whole run; -1: without limit."""
     max_same_failures: int = 2
     """Stop when the same error occurred this many times in a row without progress beyond it."""
+    max_node_strikes: int = 3
+    """Deaths of ranks on one node, or hangs that one of its ranks caused, within `failure_window_hours`, after which
+    the run avoids the node; a device that fails the probe counts as all of them. 0: no node is ever left out."""
+    probe_device: bool = True
+    """Before training each rank multiplies, remembers and adds up known integers on its device, and leaves if wrong."""
     hang_timeout_s: float = 300.0
     """A rank that makes no progress in training for this long is dumped, killed, and the group restarted."""
     slow_phase_timeout_s: float = 1800.0
@@ -70,6 +75,11 @@ class ClusterConfig:
         for name in ("max_failures", "max_preemptions"):
             if getattr(self, name) < -1:
                 raise ValueError(f"cluster.{name}={getattr(self, name)}: must be -1 (no limit) or more")
+        if not 0 <= self.max_node_strikes <= 3:
+            raise ValueError(
+                f"cluster.max_node_strikes={self.max_node_strikes}: must lie between 0 and 3, because 4 deaths "
+                "in a row without progress end the run"
+            )
         if self.max_same_failures < 2:
             raise ValueError(f"cluster.max_same_failures={self.max_same_failures}: must be 2 or more")
         if self.slow_phase_timeout_s < self.hang_timeout_s:

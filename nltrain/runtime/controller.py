@@ -1,8 +1,9 @@
 """Ray Train with our own judgement: the only file that uses its private names (Ray is pinned for it).
 
-What is ours: which failures are tried again (failures.py) and the note of each beside the checkpoints; a checkpoint
-before a resize, so that growing costs no tokens; the user's stop, which lets the ranks save; and counting only nodes
-that live and are not being drained. The rest is Ray's: placement, restarts, health, elasticity.
+What is ours: which failures are tried again (failures.py), which nodes are no longer used (strikes.py), and the notes
+of both beside the checkpoints; a checkpoint before a resize, so that growing costs no tokens; the user's stop, which
+lets the ranks save; and counting only nodes that live and are not being drained. The rest is Ray's: placement,
+restarts, health, elasticity.
 """
 
 import contextlib
@@ -14,17 +15,18 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
+import torch
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.callback import WorkerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.controller.state import ResizingState
@@ -38,14 +40,18 @@ from nltrain.config import RunConfig, from_dict
 from nltrain.data import MissingObjectError, StoreError, open_store
 from nltrain.runtime.failures import Failure, FailureLedger, Verdict, summary
 from nltrain.runtime.sizes import Sizes
+from nltrain.runtime.probe import DeviceRefusedError, driver_problem, read_driver
+from nltrain.runtime.strikes import Place, Strikes, note_strike
 from nltrain.runtime.worker import ask_to_leave, on_sigterm, wait_until_left
-from nltrain.track.events import put_event
+from nltrain.track.events import behind, put_event, read_events
 from nltrain.track.status import read_history
 from nltrain.track.supervision import Wish
 
 # A note must not hold up a restart: few tries, short silence.
 NOTE_ATTEMPTS, NOTE_TIMEOUT_S = 3, 5.0
 PROBE_TIMEOUT_S = 3.0
+# A rank that died within this time after it had said that it is stuck died of that.
+STUCK_BEFORE_S = 60.0
 
 
 def own_rank() -> int:
@@ -79,6 +85,17 @@ class SaveOnSigterm(WorkerCallback):
             signal.signal(signal.SIGTERM, on_sigterm)
 
 
+class CheckDriver(WorkerCallback):
+    """On each rank, before Ray makes the group and NCCL ends in words of its own: the driver runs torch's CUDA."""
+
+    def __init__(self, device: str, driver: Callable[[], str] = read_driver) -> None:
+        self._device, self._driver = device, driver
+
+    def after_init_train_context(self) -> None:
+        if self._device == "cuda" and (problem := driver_problem(self._driver(), torch.version.cuda)):
+            raise DeviceRefusedError(f"{socket.gethostname()}: {problem}")
+
+
 class JudgedFailures(FailurePolicy):
     """Asks the ledger, says what it decided, and notes the failure beside the checkpoints."""
 
@@ -88,6 +105,10 @@ class JudgedFailures(FailurePolicy):
         self._ledger = FailureLedger(self.config.cluster)
         self.last: tuple[Failure, Verdict] | None = None
         self.stopping = False
+        self.places: dict[int, Place] = {}
+        self.placed_s = time.time()
+        self._strikes: Strikes | None = None
+        self._told: set[str] = set()
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
         failure = diagnose(training_failed_error)
@@ -99,7 +120,79 @@ class JudgedFailures(FailurePolicy):
             what = "restarting" if verdict.retry else "stopping"
             print(f"{failure.text}; {verdict.why}: {what}", flush=True)
             self.note("failure", reason=f"{failure.text} ({verdict.why})", **summary(failure))
+        if failure.kind == "death" and not self.stopping:
+            self._strike(failure)
         return FailureDecision.RETRY if verdict.retry else FailureDecision.RAISE
+
+    def avoided(self) -> dict[str, str]:
+        """{Ray's id of a living node: why this run does not use it}."""
+        if self._strikes is None:
+            cluster = self.config.cluster
+            window_s = 3600 * cluster.failure_window_hours
+            try:
+                self._strikes = Strikes.read(cluster.max_node_strikes, window_s, self._store(), self.config.name)
+            except StoreError as error:
+                print(f"strikes against nodes could not be read, none counts: {error}", flush=True)
+                self._strikes = Strikes(cluster.max_node_strikes, window_s)
+        out = self._strikes.out(time.time())
+        nodes = [node for node in ray.nodes() if node["Alive"]] if out else []
+        found: dict[str, str] = {}
+        for node in [node for node in nodes if node["NodeName"] in out]:
+            if self._enough([each for each in nodes if each["NodeID"] not in {*found, node["NodeID"]}]):
+                found[node["NodeID"]] = node["NodeName"]
+            else:
+                few = "fewer than cluster.min_workers would be left"
+                self._tell(f"node {node['NodeName']} is not left out, for {few}: {out[node['NodeName']]}")
+        for node_id, name in found.items():
+            self._tell(
+                f"node {name} is left out from now on: {out[name]} (cluster.max_node_strikes={self._strikes.limit}); "
+                f"to replace it: ray drain-node --node-id={node_id} --reason=DRAIN_NODE_REASON_PREEMPTION "
+                f"--reason-message=strikes --deadline-remaining-seconds=60"
+            )
+        return {node_id: out[name] for node_id, name in found.items()}
+
+    def _strike(self, failure: Failure) -> None:
+        """Count the failure against the node of the rank that caused it, where that is one node."""
+        ranks = failure.ranks
+        try:
+            # The rank is dead; what its watchdog says of that comes later than what it said before.
+            since_s = max(self.placed_s, time.time() - STUCK_BEFORE_S)
+            hang = behind(read_events(self._store(), self.config.name, since_s, ("hang", "stuck")), killed=True)
+        except StoreError:
+            hang = None
+        if hang is not None:
+            ranks = (hang["rank"],)
+        places = [self.places[rank] for rank in ranks if rank in self.places]
+        if len({place.node_id for place in places}) != 1:
+            return
+        before = self.avoided()
+        assert self._strikes is not None
+        text = f"rank {ranks[0]} hung" if hang is not None else failure.text
+        strike = self._strikes.add(places[0], text, failure.bad_device, time.time())
+        count = self._strikes.count(strike.node, time.time())
+        if self._strikes.limit:
+            gpu = f", GPU {strike.gpu}" if strike.gpu else ""
+            print(f"strike {count} of {self._strikes.limit} against node {strike.node}{gpu}", flush=True)
+            try:
+                note_strike(self._store(), self.config.name, strike)
+            except StoreError as error:
+                print(f"the strike could not be noted beside the checkpoints: {error}", flush=True)
+        if self.avoided().keys() - before.keys():
+            self._ledger.cause_removed()
+
+    def _enough(self, nodes: list[dict[str, Any]]) -> bool:
+        """Whether these nodes hold the fewest ranks of the run."""
+        cluster = self.config.cluster
+        each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.device == "cuda" else {})
+        places = sum(
+            int(min(node["Resources"].get(name, 0.0) // size for name, size in each.items())) for node in nodes
+        )
+        return places >= (cluster.min_workers or cluster.max_workers)
+
+    def _tell(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            print(text, flush=True)
 
     def note(self, kind: str, **values: Any) -> None:
         """Best effort: the store may be what has failed."""
@@ -127,6 +220,8 @@ def diagnose(error: Exception) -> Failure:
         preempted = any(_is_preempted_actor(each) for each in error.worker_failures.values())
         return Failure.of_ranks(error.worker_failures, preempted)
     cause = error.controller_failure if isinstance(error, ControllerError) else error
+    if isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
+        cause = cause.cause  # what a worker raised, without Ray's account of how it came here
     words = " ".join(str(cause).split())[:500]
     if isinstance(cause, WorkerGroupStartupTimeoutError):
         return Failure("capacity", words)
@@ -140,6 +235,8 @@ class LiveNodes(ElasticScalingPolicy):
 
     best: Callable[[int], int] = staticmethod(int)
     """how many of so many workers shall train"""
+    avoided: Callable[[], Collection[str]] = staticmethod(tuple)
+    """Ray's ids of the nodes that the run does not use"""
     _counted: Any = None
     _counted_s = -math.inf
 
@@ -168,7 +265,8 @@ class LiveNodes(ElasticScalingPolicy):
         if reserved is None:
             return None
         draining = set(ray._private.state.state.get_draining_nodes() or {})
-        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in draining]
+        left_out = draining | set(self.avoided())
+        nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in left_out]
         with ThreadPoolExecutor(max(1, min(32, len(nodes)))) as pool:
             there = {node["NodeID"] for node, answers in zip(nodes, pool.map(_answers, nodes), strict=True) if answers}
         free = ray._private.state.available_resources_per_node()
@@ -185,10 +283,37 @@ def _answers(node: dict[str, Any]) -> bool:
         return False
 
 
+class AvoidNodes(ControllerCallback):
+    """Tells Ray where no rank may be put, each time a group is started."""
+
+    def __init__(self, policy: JudgedFailures) -> None:
+        self._policy = policy
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
+        avoided = self._policy.avoided()
+        return {ray._raylet.RAY_NODE_ID_KEY: f"!in({','.join(sorted(avoided))})"} if avoided else None
+
+
 class Controller(TrainController):
     """Ray's control loop, plus what the run may be asked to do."""
 
     _resizing = False
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._controller_callbacks.append(AvoidNodes(self._failure_policy))
+        if isinstance(self._scaling_policy, LiveNodes):
+            self._scaling_policy.avoided = self._failure_policy.avoided
+
+    def _start_worker_group(self, *arguments: Any, **named: Any) -> None:
+        policy = self._failure_policy
+        policy.places, policy.placed_s = {}, time.time()
+        super()._start_worker_group(*arguments, **named)
+        names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}
+        for worker in self.get_worker_group().get_workers():
+            at = worker.metadata
+            place = Place(at.node_id, names.get(at.node_id, at.node_ip), ",".join(map(str, at.gpu_ids)))
+            policy.places[worker.distributed_context.world_rank] = place
 
     def _set_state(self, state: Any) -> None:
         self._resizing = isinstance(self.get_state(), ResizingState)
@@ -206,21 +331,23 @@ class Controller(TrainController):
             self._failure_policy.note("resize", reason=words)
         return super()._execute_resize_decision(decision)
 
-    async def stop(self) -> bool:
-        """Ask the ranks to save and end; False where there are none now."""
+    async def stop(self, left_s: float) -> bool:
+        """Ask the ranks to save and end within `left_s`; False where there are none now."""
         self._failure_policy.stopping = True
-        return self._ask(Wish.STOP)
+        return self._ask(Wish.STOP, left_s)
 
     async def verdict(self) -> tuple[Failure, Verdict] | None:
         """The last failure and what was decided about it."""
         return self._failure_policy.last
 
-    def _ask(self, wish: Wish) -> bool:
+    def _ask(self, wish: Wish, left_s: float = math.inf) -> bool:
         group = self.get_worker_group()
         if group is None:
             return False
         with contextlib.suppress(ray.exceptions.RayError):
-            ray.get([worker.execute_async(ask_to_leave, int(wish)) for worker in group.get_workers()], timeout=10)
+            ray.get(
+                [worker.execute_async(ask_to_leave, int(wish), left_s) for worker in group.get_workers()], timeout=10
+            )
             return True
         return False
 

@@ -246,6 +246,23 @@ class Job:
         self.drill.ray("job", "stop", self.id)
 
 
+def planted(folder: Path, statement: str) -> Path:
+    """The repository's code with a statement at the head of the training loop; the root to submit."""
+    for name in ("nltrain", "kernels", "jobs"):
+        shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
+    path = folder / "code" / "nltrain" / "loop.py"
+    head = "for quantum in run.quanta():\n"
+    text = path.read_text()
+    if text.count(head) != 1:
+        raise DrillError(f"{path}: {head!r} stands there {text.count(head)} times; mend the drill")
+    path.write_text(text.replace(head, f"{head}            {statement}\n"))
+    return folder / "code"
+
+
+# On a node that was added with BAD_NODE=1 a rank dies in its first quantum, without a word.
+DIE_ON_BAD_NODE = "__import__('os').environ.get('BAD_NODE') and __import__('os')._exit(1)"
+
+
 def _prepare(url: str) -> None:
     """About 0.4M tokens of the standard library's source."""
     documents = list(stdlib_corpus())[:60]

@@ -18,6 +18,11 @@ Kind = Literal["error", "death", "preemption", "capacity", "internal"]
 FATAL = {"ConfigError", "ConfigChangedError", "MismatchError", "LevelsError", "PlanError", "StaleAttemptError"}
 # These come from outside and pass; the text of one outage is the same each time.
 TRANSIENT = {"StoreError", "SaveFailedError", "FirstRankError"}
+# The rank's device is at fault, not the program: another node cures it.
+DEVICE = {"DeviceRefusedError"}
+_DEVICE = re.compile(
+    r"uncorrectable|ECC error|CUDA error: (unspecified launch failure|hardware|unknown error)|NVLink error", re.I
+)
 # What a rank says when another one is gone: the cause is elsewhere.
 _COLLATERAL = re.compile(
     r"Connection (closed|reset|refused)|closed by peer|pair closure|Broken pipe|Socket Timeout|connectFullMesh"
@@ -54,9 +59,14 @@ class RankError(Exception):
         return cls(rank, type(error).__name__, message[:2000], where, tokens, traceback.format_exc()[-20000:])
 
     @property
+    def bad_device(self) -> bool:
+        """Whether this rank's device is to blame."""
+        return self.type_name in DEVICE or bool(_DEVICE.search(self.message))
+
+    @property
     def collateral(self) -> bool:
         """Whether this is what a rank says when another one has gone."""
-        own = self.type_name in FATAL | TRANSIENT or self.type_name.endswith(("DataError", "CheckpointError"))
+        own = self.type_name in FATAL | TRANSIENT | DEVICE or self.type_name.endswith(("DataError", "CheckpointError"))
         return not own and bool(_COLLATERAL.search(self.message))
 
 
@@ -73,6 +83,9 @@ class Failure:
     tokens: int | None = None
     """T that the failing rank had reached; None where nobody can say"""
     traceback: str = ""
+    ranks: tuple[int, ...] = ()
+    """that were lost, or whose device is bad: what speaks against their nodes; a program's error speaks against none"""
+    bad_device: bool = False
 
     @classmethod
     def of_ranks(cls, failures: dict[int, BaseException], preempted: bool = False) -> "Failure":
@@ -86,9 +99,14 @@ class Failure:
             if not error.collateral:
                 signature = f"{error.type_name}|{error.where}|{re.sub('[0-9]+', '#', error.message)}"
                 text = f"rank {rank}: {error}"
-                return cls("error", text, error.type_name, signature, error.tokens, error.text)
+                kind: Kind = "death" if error.bad_device else "error"
+                ranks = (rank,) if error.bad_device else ()
+                return cls(
+                    kind, text, error.type_name, signature, error.tokens, error.text, ranks, bool(error.bad_device)
+                )
         for rank, gone in silent.items():
-            return cls("death", f"rank {rank} was lost: {_last_words(gone)}", type(gone).__name__)
+            words = f"rank {rank} was lost: {_last_words(gone)}"
+            return cls("death", words, type(gone).__name__, ranks=tuple(silent))
         rank, error = next(iter(errors.items()))
         return cls(
             "death", f"rank {rank} lost contact to another rank: {str(error)[:160]}", error.type_name, "", error.tokens
@@ -140,6 +158,10 @@ class FailureLedger:
             hours = self._config.failure_window_hours
             return Verdict(False, f"{count} failures in {hours:g} hours (cluster.max_failures={limit})")
         return Verdict(True, f"failure {count}" + (f" of at most {limit}" if limit >= 0 else ""))
+
+    def cause_removed(self) -> None:
+        """What failed again and again is left out from now on: the next failure is the first of its kind."""
+        self._in_a_row, self._last = 0, None
 
     def _count_same(self, failure: Failure, reached: int | None) -> str | None:
         """Why this is a crash loop; None where it is not one (yet)."""

@@ -6,6 +6,7 @@ to the job (`ray job stop`) lets the ranks save before they end.
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -77,12 +78,13 @@ def launch(config: RunConfig) -> dict[str, Any]:
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig
 
-    _connect(ray, address)
-    from nltrain.runtime.controller import SaveOnSigterm, Trainer, stop_wait_s
+    connect(ray, address)
+    from nltrain.runtime.controller import CheckDriver, SaveOnSigterm, Trainer, stop_wait_s
     from nltrain.runtime.worker import train_on_worker
 
     _check_size(ray, cluster)
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and stop_wait_s() < STOP_WAIT_S:
+    submitted = bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+    if submitted and stop_wait_s() < STOP_WAIT_S:
         print(
             f"warning: this cluster kills a stopped job after {stop_wait_s():g} s, too soon to save a checkpoint: "
             f"set RAY_JOB_STOP_WAIT_TIME_S={STOP_WAIT_S} where `ray start` runs",
@@ -107,10 +109,11 @@ def launch(config: RunConfig) -> dict[str, Any]:
             storage_path=join_url(_absolute(config.checkpoint.url), config.name),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
-            callbacks=[SaveOnSigterm()],
+            callbacks=[SaveOnSigterm(), CheckDriver(cluster.device)],
         ),
     )
-    with _Stop(ray, trainer) as stop:
+    # Who started the job by hand decides alone when to kill it.
+    with _Stop(ray, trainer, stop_wait_s() if submitted else math.inf) as stop:
         try:
             result = trainer.fit()
         except Exception as error:
@@ -124,8 +127,9 @@ def launch(config: RunConfig) -> dict[str, Any]:
 class _Stop:
     """While it is open, the first SIGTERM asks the ranks to save and end; `fit` then returns."""
 
-    def __init__(self, ray: Any, trainer: Any) -> None:
+    def __init__(self, ray: Any, trainer: Any, wait_s: float) -> None:
         self.asked = threading.Event()
+        self._wait_s, self._killed_s = wait_s, math.inf
         self._ray, self._trainer = ray, trainer
         self._before: Any = None
 
@@ -141,6 +145,7 @@ class _Stop:
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         if not self.asked.is_set():
             self.asked.set()
+            self._killed_s = time.monotonic() + self._wait_s
             # Off this thread: it may be in the middle of a call to Ray.
             threading.Thread(target=self._ask, name="nltrain-stop", daemon=True).start()
 
@@ -149,7 +154,7 @@ class _Stop:
         while self._trainer.controller is None:
             time.sleep(0.1)
         with contextlib.suppress(self._ray.exceptions.RayError):  # it may have ended in between
-            if not self._ray.get(self._trainer.controller.stop.remote()):
+            if not self._ray.get(self._trainer.controller.stop.remote(self._killed_s - time.monotonic())):
                 self._ray.get(self._trainer.controller.abort.remote())
 
 
@@ -193,7 +198,8 @@ def _afresh(config: RunConfig) -> RunConfig:
     return replace(config, checkpoint=replace(config.checkpoint, resume="auto", ignore_attempts_up_to=newest))
 
 
-def _connect(ray: Any, address: str) -> None:
+def connect(ray: Any, address: str) -> None:
+    """Join the cluster at `address`, with this code for its workers. Raises LaunchError with one line."""
     try:
         # The code travels with the run, so that it need not be installed on the nodes.
         runtime_env = {"py_modules": [str(ROOT / "nltrain"), str(ROOT / "kernels")]}

@@ -136,11 +136,13 @@ class LocalCluster:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def add_node(self, num_cpus: int) -> "LocalNode":
-        """Another raylet with `num_cpus` logical CPUs joins; returns when the cluster counts it as alive."""
+    def add_node(self, num_cpus: int, **environment: str) -> "LocalNode":
+        """Another raylet with `num_cpus` logical CPUs joins; returns when the cluster counts it as alive.
+
+        Its ranks see `environment` beside the cluster's."""
         for attempt in range(JOIN_ATTEMPTS):
             name = f"node_{len(self.nodes) + 1}"
-            node = LocalNode(self, self._folder / name, num_cpus, self._object_store_bytes, name)
+            node = LocalNode(self, self._folder / name, num_cpus, self._object_store_bytes, name, environment)
             self.nodes.append(node)
             try:
                 node.start()
@@ -184,10 +186,19 @@ class LocalCluster:
 class LocalNode:
     """A raylet that has joined a LocalCluster. `node_id` is Ray's, in hex."""
 
-    def __init__(self, cluster: LocalCluster, folder: Path, num_cpus: int, object_store_bytes: int, name: str) -> None:
+    def __init__(
+        self,
+        cluster: LocalCluster,
+        folder: Path,
+        num_cpus: int,
+        object_store_bytes: int,
+        name: str,
+        environment: dict[str, str],
+    ) -> None:
+        self._environment, self.name = cluster.environment | environment, name
         self._cluster, self.folder, self._num_cpus = cluster, folder, num_cpus
         self._log = folder.with_suffix(".log")
-        self._object_store_bytes, self._name = object_store_bytes, name
+        self._object_store_bytes = object_store_bytes
         self.process: subprocess.Popen[bytes] | None = None
         self.raylet_pid = 0
         self.node_id = ""
@@ -197,26 +208,26 @@ class LocalNode:
         command = [
             sys.executable, "-m", "ray.scripts.scripts", "start", f"--address=127.0.0.1:{self._cluster.port}",
             "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--num-cpus={self._num_cpus}",
-            "--num-gpus=0", f"--node-name={self._name}", f"--dashboard-agent-listen-port={agent}",
+            "--num-gpus=0", f"--node-name={self.name}", f"--dashboard-agent-listen-port={agent}",
             f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}",
             f"--metrics-export-port={metrics}", f"--object-store-memory={self._object_store_bytes}",
             "--min-worker-port=0", "--max-worker-port=0",
             # A folder of its own: the nodes' agents would delete each other's unpacked working directories.
-            f"--temp-dir={self._cluster.temp_dir / self._name}",
+            f"--temp-dir={self._cluster.temp_dir / self.name}",
         ]  # fmt: skip
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, env=self._cluster.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
-                raise ClusterError(f"{self._name} ended while starting; see {self._log}")
+                raise ClusterError(f"{self.name} ended while starting; see {self._log}")
             # `ray start` says so once the head counts the node as alive.
             if "Ray runtime started" in self._log.read_text(errors="replace") and self._find_raylet():
                 return
             time.sleep(0.2)
-        raise ClusterError(f"{self._name} had not joined after {START_TIMEOUT_S} s; see {self._log}")
+        raise ClusterError(f"{self.name} had not joined after {START_TIMEOUT_S} s; see {self._log}")
 
     @property
     def alive(self) -> bool:

@@ -22,7 +22,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HEART = struct.Struct("<qqd32s")  # beats, tokens, limit in seconds, phase
-HEART_BYTES = 64
+COLLECTIVES = struct.Struct("<q")  # behind it: collectives that the rank has joined
+HEART_BYTES = HEART.size + COLLECTIVES.size
+# Between the first word and the kill: ranks that hang together tell so together, before one's death ends the others.
+GRACE_S = 3.0
+WORD_TIMEOUT_S = 5.0
 DUMP_TIMEOUT_S = 20.0
 REPORT_TIMEOUT_S = 60.0
 
@@ -44,6 +48,18 @@ class Watch:
         return json.dumps(asdict(self))
 
 
+@dataclass(frozen=True)
+class Stuck:
+    """Where a rank stood when its time was over."""
+
+    silent_s: float
+    beats: int
+    tokens: int
+    phase: str
+    collectives: int
+    process_state: str
+
+
 def watch(config: Watch, poll_s: float = 0.5) -> bool:
     """Until the rank ends (False) or is found stuck and has been killed (True)."""
     heart = mmap.mmap(config.heart_fd, HEART_BYTES)
@@ -60,18 +76,37 @@ def watch(config: Watch, poll_s: float = 0.5) -> bool:
             continue
         silent_s += awake_s
         if silent_s > limit_s and os.getppid() == config.pid:
-            act(config, silent_s, beats, tokens, phase.rstrip(b"\0").decode(errors="replace"))
-            return True
+            name = phase.rstrip(b"\0").decode(errors="replace")
+            (collectives,) = COLLECTIVES.unpack_from(heart, HEART.size)
+            stuck = Stuck(round(silent_s, 1), beats, tokens, name, collectives, process_state(config.pid))
+            tell(config, stuck)
+            time.sleep(GRACE_S)
+            if os.getppid() == config.pid and HEART.unpack_from(heart)[0] == beats:
+                act(config, stuck)
+                return True
+            last_beats, silent_s, seen_s = -1, 0.0, time.monotonic()
     return False
 
 
-def act(config: Watch, silent_s: float, beats: int, tokens: int, phase: str) -> None:
+def tell(config: Watch, stuck: Stuck) -> None:
+    """Say beside the run's checkpoints where this rank stands, whatever becomes of it. Best effort, and short."""
+    find_modules()
+    from nltrain.data.store import StoreError, open_store
+    from nltrain.track.events import put_event
+
+    store = open_store(config.store_url, attempts=1, timeout_s=WORD_TIMEOUT_S)
+    try:
+        put_event(store, config.run, "stuck", f"rank_{config.rank:04d}", rank=config.rank, **asdict(stuck))
+    except StoreError as error:
+        print(f"rank {config.rank} is stuck and could not say so: {error}", flush=True)
+
+
+def act(config: Watch, stuck: Stuck) -> None:
     """Dump the stacks to the run's folder, kill the rank, and note the event beside the run's checkpoints."""
-    state = process_state(config.pid)
     stacks = dump_stacks(config)
     path = Path(config.folder, "watchdog", f"{time.strftime('%Y%m%d-%H%M%S')}-rank_{config.rank:04d}.txt")
-    who = f"rank {config.rank} (pid {config.pid}, {state})"
-    head = f"{who} made no progress for {silent_s:.0f} s while {phase} at {tokens:,} tokens\n\n"
+    who = f"rank {config.rank} (pid {config.pid}, {stuck.process_state})"
+    head = f"{who} made no progress for {stuck.silent_s:.0f} s while {stuck.phase} at {stuck.tokens:,} tokens\n\n"
     where = str(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,24 +117,19 @@ def act(config: Watch, silent_s: float, beats: int, tokens: int, phase: str) -> 
         os.kill(config.pid, signal.SIGKILL)
     print(head.strip() + f"; killed; stacks in {where}", flush=True)
     signal.alarm(int(REPORT_TIMEOUT_S))  # a store that hangs must not keep this process for ever
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+    find_modules()
     from nltrain.data.store import open_store
     from nltrain.track.events import put_event
 
-    put_event(
-        open_store(config.store_url),
-        config.run,
-        "hang",
-        f"rank_{config.rank:04d}",
-        rank=config.rank,
-        silent_s=round(silent_s, 1),
-        beats=beats,
-        tokens=tokens,
-        phase=phase,
-        process_state=state,
-        stacks=where,
-        text=stacks[:20000],
-    )
+    values = asdict(stuck) | {"rank": config.rank, "stacks": where, "text": stacks[:20000]}
+    put_event(open_store(config.store_url), config.run, "hang", f"rank_{config.rank:04d}", **values)
+
+
+def find_modules() -> None:
+    """Let the run's own modules be imported: this file is started alone."""
+    root = str(Path(__file__).resolve().parents[2])
+    if root not in sys.path:
+        sys.path.insert(0, root)
 
 
 def process_state(pid: int) -> str:

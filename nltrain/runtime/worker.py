@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import faulthandler
 import logging
+import math
 import mmap
 import os
 import signal
@@ -25,23 +26,27 @@ from typing import Any
 from nltrain.config import RunConfig, from_dict
 from nltrain.data import join_url
 from nltrain.runtime.failures import NodeLeaving, RankError
-from nltrain.runtime.watchdog import HEART, HEART_BYTES, Watch
+from nltrain.runtime.watchdog import COLLECTIVES, HEART, HEART_BYTES, Watch
 from nltrain.track.supervision import SLOW_PHASES, Wish
 
 _PR_SET_PTRACER = 0x59616D61
+COUNT_EVERY_S = 0.5
 
 
 class _Told:
     """What this process has been told; the controller's words may come before the training begins."""
 
     wish = Wish.GO_ON
+    killed_s = math.inf
+    """on this machine's monotonic clock"""
     training = threading.Event()
     left = threading.Event()
 
 
-def ask_to_leave(wish: int) -> None:
-    """Called in the rank's process by the controller."""
+def ask_to_leave(wish: int, left_s: float = math.inf) -> None:
+    """Called in the rank's process by the controller: in `left_s` the process is killed."""
     _Told.wish = max(_Told.wish, Wish(wish))
+    _Told.killed_s = min(_Told.killed_s, time.monotonic() + left_s)
 
 
 def wait_until_left(timeout_s: float) -> bool:
@@ -90,6 +95,13 @@ class RankSupervision:
             start_new_session=True,  # Ray ends a dead worker's process group; the watchdog still has to report
         )
         _allow_stacks_to_be_read(self._watchdog.pid)
+        self._closed = threading.Event()
+        threading.Thread(target=self._count_collectives, name="collectives", daemon=True).start()
+
+    def _count_collectives(self) -> None:
+        """Beside the training, which may be stuck in one: ranks that wait have joined it, the one behind has not."""
+        while not self._closed.wait(COUNT_EVERY_S):
+            COLLECTIVES.pack_into(self._heart, HEART.size, collectives_joined())
 
     def beat(self, phase: str, tokens: int) -> None:
         self._beats += 1
@@ -101,8 +113,12 @@ class RankSupervision:
     def wish(self) -> Wish:
         return max(_Told.wish, Wish.PREEMPTED if self._preempted() else Wish.GO_ON)
 
+    def left_s(self) -> float:
+        return _Told.killed_s - time.monotonic()
+
     def close(self) -> None:
         """Nobody watches any more."""
+        self._closed.set()
         HEART.pack_into(self._heart, 0, -1, self.tokens, 0.0, b"done")
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._watchdog.wait(5.0)
@@ -119,6 +135,10 @@ def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
     supervision = RankSupervision(config, rank, node_is_leaving)
     _Told.training.set()
     try:
+        if config.cluster.probe_device:
+            found = _probe(config)
+            if rank == 0:
+                print(found, flush=True)
         result = train(config, supervision)
         left, tokens = result.get("left", "finished"), result.get("tokens", supervision.tokens)
         url = join_url(config.checkpoint.url, config.name, "checkpoints", result["checkpoint"])
@@ -138,6 +158,31 @@ def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
         time.sleep(config.cluster.leave_timeout_s)  # the controller ends this process
         raise RankError(rank, "ResizeError", "the group was not resized after it had saved", "worker.py", 0, "")
     return {"left": left, "tokens": tokens, "checkpoint": url}
+
+
+def collectives_joined() -> int:
+    """Collectives that this rank has begun, over all its groups; 0 where torch.distributed is not initialised."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        return 0
+    # As torch counts them itself, to tell ranks apart that went different ways.
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    return sum(group._get_sequence_number_for_group() for group in groups)
+
+
+def _probe(config: RunConfig) -> str:
+    """Refuse a device that gives wrong answers before it trains. Collective; returns a line for the log."""
+    import torch
+
+    from nltrain.runtime.probe import probe, probe_link
+
+    device = torch.device(config.cluster.device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())  # Ray has set it
+    text = probe(device)
+    link = probe_link(device)
+    return f"{text}; all-reduce {link.gb_per_s:.2f} GB/s a rank"
 
 
 def _allow_stacks_to_be_read(pid: int) -> None:

@@ -3,6 +3,7 @@
 A leaf: the loop knows only this protocol; on a cluster `runtime/worker.py` stands behind it, alone nobody does.
 """
 
+import math
 from enum import IntEnum
 from typing import Protocol
 
@@ -39,6 +40,9 @@ class Supervision(Protocol):
     def wish(self) -> Wish:
         """What this rank has been told so far."""
 
+    def left_s(self) -> float:
+        """Seconds until this process is killed, once it was told to leave; infinity where nobody will."""
+
 
 class Unsupervised:
     """Nobody watches and nobody asks to leave: a run outside a cluster."""
@@ -50,3 +54,6 @@ class Unsupervised:
 
     def wish(self) -> Wish:
         return Wish.GO_ON
+
+    def left_s(self) -> float:
+        return math.inf

@@ -311,4 +311,5 @@ def test_the_clock_of_saves_is_the_token_count(run):
     ]
     minutes = Checkpointer(run, "clock", None, settings(run.url, every_minutes=1e-9))
     assert minutes.due(0, 1)
+    assert not minutes.due(0, 1, at_fold=False)
     assert not Checkpointer(run, "clock", None, settings(run.url)).due(0, 1 << 40)

@@ -92,6 +92,16 @@ def test_the_image_has_a_supported_python_and_all_that_it_copies_exists():
             assert (ROOT / source).exists(), source
 
 
+def test_torch_comes_from_the_index_of_one_cuda_in_the_version_of_the_project():
+    text = (CLUSTER / "Dockerfile").read_text()
+    index = re.search(r"^ARG TORCH_INDEX=https://download\.pytorch\.org/whl/cu(\d+)$", text, re.MULTILINE)
+    assert index
+    [wanted] = [line for line in PROJECT["dependencies"] if line.startswith("torch==")]
+    install = text.index(f'pip install --no-cache-dir --index-url "$TORCH_INDEX" {wanted}')
+    # torch is there before the rest asks for it: pip would take it from PyPI.
+    assert install < text.index("pip install --no-cache-dir .")
+
+
 def test_a_stopped_job_gets_time_to_save_everywhere():
     wanted = f"RAY_JOB_STOP_WAIT_TIME_S={STOP_WAIT_S}"
     assert wanted in (CLUSTER / "Dockerfile").read_text()
@@ -161,6 +171,18 @@ def test_a_leaving_pod_drains_within_its_grace(name):
         assert context.params["reason"] == "DRAIN_NODE_REASON_PREEMPTION"
     grace = ray_cluster_spec(name)["workerGroupSpecs"][0]["template"]["spec"]["terminationGracePeriodSeconds"]
     assert seconds == int(sleep.split()[1]) < grace
+
+
+@pytest.mark.parametrize("name", KUBERAY)
+def test_a_worker_joins_under_the_name_of_its_machine(name):
+    """Strikes are kept by that name: a pod that comes back gets another address, not another machine."""
+    from ray.scripts import scripts
+
+    [group] = ray_cluster_spec(name)["workerGroupSpecs"]
+    *_, worker = containers(name)
+    assert group["rayStartParams"]["node-name"] == "$NODE_NAME"
+    assert {"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}} in worker["env"]
+    assert "--node-name" in [option for parameter in scripts.start.params for option in parameter.opts]
 
 
 def test_the_ports_are_rays():

@@ -61,7 +61,8 @@ def test_numbers_tuples_and_names_are_read_as_a_person_writes_them():
         (["cluster.max_workers=64"], ("8 sequences", "64")),
         (["train.total_tokens=100"], ("train.total_tokens=100", "2048")),
         (["checkpoint.every_tokens=3000", "levels.fold_every_tokens=3000"], ("checkpoint.every_tokens=3000", "2048")),
-        (["levels.fold_every_tokens=4096"], ("levels.fold_every_tokens=4096", "checkpoint.every_tokens")),
+        (["levels.fold_every_tokens=6144"], ("levels.fold_every_tokens=6144", "checkpoint.every_tokens")),
+        (["levels.fold_every_tokens=none"], ("levels.fold_every_tokens=None", "checkpoint.every_tokens")),
         (["train.total_tokens=1e6"], ("levels.schedule.total_tokens=1228800", "train.total_tokens=1000000")),
         (["data.seq_len=300"], ("2048", "300")),
         (["model.width=100"], ("head_dim", "100")),
@@ -85,3 +86,9 @@ def test_the_resolved_config_lists_every_field():
     text = describe(config_of("jobs.hope_tiny"))
     for name in ("levels.levels.slow.period_tokens = 32768", "train.seed = 0", 'model.family = "hope"'):
         assert name in text
+
+
+def test_the_fold_may_be_finer_than_the_saves_and_saves_may_be_by_the_clock_alone():
+    fine = override(config_of("jobs.hope_tiny"), ["levels.fold_every_tokens=2048", "checkpoint.every_minutes=15"])
+    assert fine.checkpoint.every_tokens % fine.levels.fold_every_tokens == 0
+    override(fine, ["checkpoint.every_tokens=0"])

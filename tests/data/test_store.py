@@ -1,15 +1,17 @@
 """S3 and a local folder behave alike; faults are survived, mistakes are explained in one line and quickly."""
 
+import http.client
 import os
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 from nltrain.data.embedded_s3 import EmbeddedS3
 from nltrain.data.fault_proxy import FaultProxy
-from nltrain.data.store import MissingObjectError, Store, StoreError, open_store
+from nltrain.data.store import MissingObjectError, S3Store, Store, StoreError, open_store
 
 
 @pytest.fixture(params=["s3", "folder", "file_url"])
@@ -42,6 +44,69 @@ def test_what_is_put_is_got_listed_sized_and_deleted(store: Store, tmp_path: Pat
     store.delete("b")
     assert not store.exists("b")
     assert store.list("b") == []
+
+
+def test_many_are_deleted_at_once_and_others_stay(store: Store) -> None:
+    for number in range(5):
+        store.put(f"many/{number}", b"x")
+    store.delete_many([f"many/{number}" for number in range(4)])
+    store.delete_many(["many/0", "many/never"])
+    store.delete_many([])
+    assert [found.key for found in store.list()] == ["many/4"]
+
+
+def test_deleting_more_than_one_request_takes_is_cut_into_requests(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nltrain.data.store.DELETE_BATCH", 2)
+    store = open_store(bucket + "/batches")
+    asked = []
+    call = S3Store._delete_batch
+    monkeypatch.setattr(
+        S3Store, "_delete_batch", lambda self, keys, *more: asked.append(keys) or call(self, keys, *more)
+    )
+    for number in range(5):
+        store.put(f"{number}", b"x")
+    store.delete_many([f"{number}" for number in range(5)])
+    assert asked == [["0", "1"], ["2", "3"], ["4"]]
+    assert store.list() == []
+
+
+@pytest.mark.parametrize(("code", "tries"), [("SlowDown", 3), ("AccessDenied", 1)])
+def test_an_object_refused_within_a_batch_is_an_error_or_tried_again(code: str, tries: int) -> None:
+    class Client:
+        calls = 0
+        meta = type("Meta", (), {"region_name": "us-east-1"})
+
+        def delete_objects(self, **_: object) -> dict:
+            self.calls += 1
+            return {"Errors": [{"Key": "a", "Code": code, "Message": "no"}]}
+
+    store = S3Store("s3://b", attempts=3, timeout_s=1, backoff_s=0.001)
+    store._client = Client()
+    with pytest.raises(StoreError, match=code):
+        store.delete_many(["a"])
+    assert store._client.calls == tries
+
+
+@pytest.mark.parametrize("trailer", [False, True])
+def test_an_upload_takes_a_turn_of_the_interpreter_per_megabyte_not_per_16_kib(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, trailer: bool
+) -> None:
+    """Over HTTPS the checksum follows the body, which botocore wraps for it: one more reader in between."""
+    if trailer:
+        monkeypatch.setattr("botocore.httpchecksum.urlparse", lambda url: urlsplit(url)._replace(scheme="https"))
+    turns = []
+    send = http.client.HTTPConnection.send
+    monkeypatch.setattr(
+        http.client.HTTPConnection, "send", lambda self, data: turns.append(len(data)) or send(self, data)
+    )
+    store, data = open_store(bucket + "/blocks"), os.urandom(16 << 20)
+    store.put("large", memoryview(data))
+    assert sum(turns) >= len(data)
+    assert len(turns) <= 16 + 8
+    monkeypatch.undo()
+    assert store.get("large") == data
 
 
 def test_put_if_absent_creates_once(store: Store) -> None:

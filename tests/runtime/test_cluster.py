@@ -3,16 +3,16 @@
 The story is lived through once; each test looks at one promise.
 """
 
-import shutil
 import signal
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
-from nltrain.runtime.drill import QUANTUM, ROOT, Job
+from nltrain.data import open_store
+from nltrain.runtime.drill import DIE_ON_BAD_NODE, QUANTUM, Job, planted
 from nltrain.runtime.status import describe_status, read_status
+from nltrain.track.events import read_events
 from nltrain.track.goodput import goodput
 from nltrain.track.metrics import effective
 
@@ -108,6 +108,12 @@ def test_a_hung_rank_is_found_and_its_stacks_are_kept(story):
     assert "train_on_worker" in stacks[0]
 
 
+def test_the_hang_speaks_against_the_node_of_the_rank_that_caused_it(story):
+    strikes = read_events(open_store("s3://drill/runs"), "story", kinds=("strike",))
+    assert strikes[-1]["text"] == "rank 1 hung"
+    assert "left out" not in story.job.log
+
+
 def test_the_run_ends_complete_each_quantum_once_and_every_tick_right(story):
     assert story.exit_code == 0
     rows = story.job.rows()
@@ -139,7 +145,7 @@ def test_status_tells_of_it_from_the_folder_and_from_the_store(story):
 
 
 def test_a_deterministic_bug_stops_the_second_time_with_its_traceback(drill, tmp_path):
-    root = planted_bug(tmp_path, "if quantum == 6:\n                raise ValueError('planted at step 7')")
+    root = planted(tmp_path, "if quantum == 6:\n                raise ValueError('planted at step 7')")
     job = drill.submit("bug", 40, root=root, cluster__max_workers=2)
     assert job.wait(240) != 0
     # A start while a node was slow to answer may grow before it fails; that is no failure.
@@ -152,13 +158,22 @@ def test_a_deterministic_bug_stops_the_second_time_with_its_traceback(drill, tmp
     assert "the same failure 2 times in a row without progress" in reason
 
 
-def planted_bug(folder: Path, statement: str) -> Path:
-    """The repository's code with a statement at the head of the training loop."""
-    for name in ("nltrain", "kernels", "jobs"):
-        shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    path = folder / "code" / "nltrain" / "loop.py"
-    head = "for quantum in run.quanta():\n"
-    text = path.read_text()
-    assert text.count(head) == 1
-    path.write_text(text.replace(head, f"{head}            {statement}\n"))
-    return folder / "code"
+def test_a_node_on_which_ranks_die_at_each_start_is_left_out_and_the_run_ends_right(drill, tmp_path):
+    bad = drill.cluster.add_node(1, BAD_NODE="1")
+    nodes = 1 + sum(node.alive for node in drill.nodes)
+    root = planted(tmp_path, DIE_ON_BAD_NODE)
+    values = {"cluster__max_workers": nodes, "cluster__max_node_strikes": 2}
+    job = drill.submit("bad", 12, root=root, **values)
+    try:
+        assert job.wait(270) == 0, job.log[-3000:]
+    finally:
+        bad.stop()
+    assert f"strike 1 of 2 against node {bad.name}" in job.log
+    assert f"node {bad.name} is left out from now on: 2 strikes within 24 hours" in job.log
+    attempts = job.rows("attempt")
+    assert [attempt["workers"] for attempt in attempts][-1] == nodes - 1
+    steps = [row["step"] for row in effective(job.rows()) if row["kind"] == "step"]
+    assert steps == list(range(1, 13))
+    # The next submission knows it, too.
+    strikes = read_events(open_store("s3://drill/runs"), "bad", kinds=("strike",))
+    assert [(event["node"], event["weight"]) for event in strikes] == [(bad.name, 1), (bad.name, 1)]

@@ -4,6 +4,7 @@ import importlib
 import inspect
 
 import pytest
+from ray.exceptions import RayTaskError
 from ray.train import ScalingConfig
 from ray.train.v2._internal.exceptions import (
     WorkerGroupStartupFailedError,
@@ -21,6 +22,7 @@ from ray.train.v2.api.preemption import PreemptionInfo
 from nltrain.runtime import controller
 from nltrain.runtime.failures import NodeLeaving, RankError
 from nltrain.runtime.sizes import Sizes
+from nltrain.runtime.probe import DeviceRefusedError
 
 
 def group(**failures):
@@ -54,6 +56,22 @@ def test_a_node_that_was_drained_counts_as_preemption():
 )
 def test_troubles_of_the_controller_are_told_apart(cause, kind):
     assert controller.diagnose(ControllerError(cause)).kind == kind
+
+
+def test_a_driver_that_is_too_old_ends_the_run_in_one_line_before_the_group_is_made(monkeypatch):
+    monkeypatch.setattr(controller.torch.version, "cuda", "13.0")
+    controller.CheckDriver("cuda", lambda: "580.65.06").after_init_train_context()
+    controller.CheckDriver("cpu", lambda: "").after_init_train_context()
+    with pytest.raises(
+        DeviceRefusedError, match=r"driver 535.1 is too old for torch's CUDA 13.0: install R580"
+    ) as error:
+        controller.CheckDriver("cuda", lambda: "535.1").after_init_train_context()
+    # As it arrives from a worker: Ray's error, with a long account, around ours.
+    found = controller.diagnose(ControllerError(RayTaskError("init", "a long account " * 100, error.value)))
+    assert found.kind == "internal"
+    assert found.text.startswith("DeviceRefusedError: ")
+    assert "driver 535.1 is too old" in found.text
+    assert "account" not in found.text
 
 
 @pytest.mark.parametrize(("free", "decided"), [(1, None), (2, None), (3, 3)])
@@ -92,7 +110,10 @@ def test_workers_that_would_not_make_a_quantum_faster_wait_as_spares(monkeypatch
 
 def test_ray_still_has_what_we_override():
     for owner, names in (
-        (TrainController, ("_execute_resize_decision", "_set_state", "get_worker_group", "get_state")),
+        (
+            TrainController,
+            ("_execute_resize_decision", "_set_state", "_start_worker_group", "get_worker_group", "get_state"),
+        ),
         (
             ElasticScalingPolicy,
             (

@@ -4,6 +4,7 @@ Beside it, in the same processes: the meter names the rank whose forward passes 
 """
 
 import json
+import math
 import runpy
 import time
 from pathlib import Path
@@ -34,8 +35,9 @@ WORLD_SIZE = 2
 class Told:
     """A supervision that wishes something once T is reached."""
 
-    def __init__(self, wish, tokens):
+    def __init__(self, wish, tokens, left_s=math.inf):
         self.started_s, self._wish, self._tokens = time.time(), wish, tokens
+        self._left_s = left_s
         self.seen, self.phases = 0, []
 
     def beat(self, phase, tokens):
@@ -44,6 +46,9 @@ class Told:
 
     def wish(self):
         return self._wish if self.seen >= self._tokens else Wish.GO_ON
+
+    def left_s(self):
+        return self._left_s
 
 
 def config(folder, name, **more):
@@ -96,6 +101,13 @@ def ranks(rank, environment, folder, port):
     found["skipping"] = train(
         config(folder, "skipping", checkpoint__when_busy="skip"), Told(Wish.STOP, LEAVE_AFTER * QUANTUM)
     )
+    # At the same T: left for the world to change, left in a hurry, and on the fold clock.
+    after = LEAVE_AFTER * QUANTUM
+    found["resized"] = train(config(folder, "resized"), Told(Wish.RESIZE, after))
+    found["hurried"] = train(config(folder, "hurried"), Told(Wish.STOP, after, left_s=10.1))
+    found["hurried_on"] = train(config(folder, "hurried"))
+    every = {"levels__fold_every_tokens": QUANTUM, "checkpoint__every_tokens": QUANTUM, "checkpoint__keep_last": 99}
+    train(config(folder, "on_fold", **every), Told(Wish.STOP, after + QUANTUM))
     found["fork"] = train(config(folder, "fork", checkpoint__resume=f"{folder}/runs/broken"))
     honest, LanguageModel.loss = LanguageModel.loss, nan_in_the_last_quantum(LanguageModel.loss)
     found["nan_at_the_end"] = train(config(folder, "nan_at_the_end"))
@@ -190,6 +202,31 @@ def test_leaving_saves_even_where_a_busy_writer_lets_saves_be_skipped(found):
     left = each[0]["skipping"]
     assert f"tokens_{left['tokens']:012d}" in left["checkpoint"]
     assert (folder / "runs" / "skipping" / "checkpoints" / left["checkpoint"] / "manifest.json").exists()
+
+
+def bytes_saved(folder, run, tokens, files="*"):
+    """Bytes of these files of the checkpoint at this T."""
+    [manifest] = (folder / "runs" / run / "checkpoints").glob(f"tokens_{tokens:012d}-*/manifest.json")
+    return sum(path.stat().st_size for path in manifest.parent.rglob(files) if path.is_file())
+
+
+def test_a_save_before_the_world_changes_is_as_small_as_one_on_the_fold(found):
+    folder, each = found
+    tokens = each[0]["resized"]["tokens"]
+    on_fold = bytes_saved(folder, "on_fold", tokens)
+    assert bytes_saved(folder, "resized", tokens) <= 1.05 * on_fold
+    assert each[0]["left"]["tokens"] == tokens
+    # What only one rank has: its random state; where the save is exact, its unreduced sums as well.
+    own = {run: bytes_saved(folder, run, tokens, "own-*") for run in ("on_fold", "resized", "hurried", "broken")}
+    assert own["on_fold"] == own["resized"] == own["hurried"] < own["broken"] - 10_000
+
+
+def test_a_stop_that_has_no_time_for_an_exact_save_folds_and_the_run_goes_on_as_close(found):
+    folder, each = found
+    tokens = each[0]["hurried"]["tokens"]
+    assert bytes_saved(folder, "hurried", tokens) <= 1.05 * bytes_saved(folder, "on_fold", tokens)
+    assert each[0]["hurried_on"]["loss_last"] == pytest.approx(each[0]["straight"]["loss_last"], abs=1e-4)
+    assert each[0]["hurried_on"]["tokens_repeated"] == 0
 
 
 def test_another_run_goes_on_from_a_checkpoint_picked_by_hand(found):

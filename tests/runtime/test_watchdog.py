@@ -74,7 +74,7 @@ def start(tmp_path):
 
 def events(tmp_path, timeout_s=90.0):
     store, deadline = open_store(str(tmp_path / "runs")), time.monotonic() + timeout_s
-    while not (found := read_events(store, "w")) and time.monotonic() < deadline:
+    while not (found := read_events(store, "w", kinds=("hang",))) and time.monotonic() < deadline:
         time.sleep(0.2)
     return found
 
@@ -90,6 +90,8 @@ def test_a_hung_rank_is_dumped_and_killed(start, tmp_path):
     stacks = Path(event["stacks"]).read_text()
     assert "stuck_in_a_read" in stacks
     assert reason_of([event]).startswith("hang: rank 1 made no progress for ")
+    [stuck] = read_events(open_store(str(tmp_path / "runs")), "w", kinds=("stuck",))
+    assert (stuck["rank"], stuck["beats"]) == (1, event["beats"])
     watchdog.wait(60)
 
 
