@@ -21,6 +21,7 @@ from typing import Any
 from nltrain.checkpoint.catalog import attempts
 from nltrain.config import RunConfig, check_vocabulary, describe, override, to_dict
 from nltrain.data import DataError, StoreError, join_url, open_plan, open_store
+from nltrain.data.probe import check_atomic_create
 from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
@@ -182,7 +183,7 @@ def _check_address(address: str) -> None:
 def _check_places(config: RunConfig) -> None:
     """Data and checkpoints can be reached: better told here, in one line, than by every rank."""
     check_vocabulary(config, open_plan(config.data).vocab_size)
-    open_store(config.checkpoint.url).list(f"{config.name}/attempts/")
+    check_atomic_create(open_store(config.checkpoint.url), f"{config.name}/attempts")
 
 
 def _afresh(config: RunConfig) -> RunConfig:
