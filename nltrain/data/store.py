@@ -267,7 +267,9 @@ class S3Store:
         if not isinstance(place, S3Place):
             raise StoreError(f"{url}: not an S3 URL: give s3://bucket/prefix")
         self.bucket, self.prefix = place
-        self.url = f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
+        # A slash that belongs to the prefix is followed by the one that ends a folder's URL.
+        tail = "/" if self.prefix.endswith("/") else ""
+        self.url = f"s3://{self.bucket}" + (f"/{self.prefix}{tail}" if self.prefix else "")
         self.attempts, self.timeout_s, self.backoff_s = attempts, timeout_s, backoff_s
         self.retries = 0  # transient failures seen so far, for tests and metrics
         self._lock = threading.Lock()
