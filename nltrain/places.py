@@ -105,5 +105,7 @@ def join_url(url: str, *names: str) -> str:
 
 def shown(text: str) -> str:
     """`text` for a message: one line that any terminal takes (control characters and broken UTF-8 are escaped)."""
+    if text.isprintable():
+        return text
     clean = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in clean)

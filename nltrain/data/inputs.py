@@ -5,6 +5,7 @@ followed once (a loop ends, a file reached twice is read once); a folder that ca
 a local file system tells what a link leads to, S3 has no links.
 """
 
+import functools
 import os
 import stat
 from collections import Counter
@@ -37,7 +38,7 @@ class InputFile:
     num_bytes: int
     modified_s: float = 0.0
 
-    @property
+    @functools.cached_property
     def url(self) -> str:
         """For messages: one line, printable anywhere."""
         return shown(join_url(self.root, self.key))

@@ -35,7 +35,7 @@ def shape(stream: BinaryIO, max_record_bytes: int) -> str:
             continue
         if not isinstance(_parse(line), Bad) or not line.lstrip().startswith(b"{"):
             return "lines"
-        first = next(_values(stream, line, "", max_record_bytes, in_array=False, may_fail=True), None)
+        first = next(_values(stream, line + b"\n", "", max_record_bytes, in_array=False, may_fail=True), None)
         return "lines" if first is None else "values"
     return "lines"
 
@@ -55,12 +55,13 @@ def values(stream: BinaryIO, url: str, max_record_bytes: int, in_array: bool) ->
 
 
 def _lines(stream: BinaryIO, max_record_bytes: int) -> Iterator[bytes]:
-    """The lines, without a byte-order mark; of one that is too long max_record_bytes + 1 bytes."""
+    """The lines without their ends and a byte-order mark; of one that is too long a part that is too long as well."""
     first = True
-    while line := stream.readline(max_record_bytes + 1):
-        if len(line) > max_record_bytes and not line.endswith(b"\n"):
+    while line := stream.readline(max_record_bytes + 2):
+        if not line.endswith(b"\n") and len(line) > max_record_bytes:
             while (rest := stream.readline(READ_BYTES)) and not rest.endswith(b"\n"):
                 pass
+        line = line.removesuffix(b"\n")
         yield line.removeprefix(_BOM) if first else line
         first = False
 

@@ -232,7 +232,10 @@ def _of_record(file: InputFile, number: int, record: Any, text_field: str, dropp
     elif not _is_utf8(text):  # half of a surrogate pair, as JSON can spell it
         dropped.add(where, "not UTF-8")
     else:
-        yield from pieces(f"{file.name}:{number}", where, [text])
+        if len(text) <= PIECE_CHARS:
+            yield Piece(f"{file.name}:{number}", text, False, where)
+        else:
+            yield from pieces(f"{file.name}:{number}", where, [text])
     dropped.check()
 
 
