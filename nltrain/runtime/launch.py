@@ -22,6 +22,7 @@ from nltrain.checkpoint.catalog import attempts
 from nltrain.config import RunConfig, check_vocabulary, describe, override, to_dict
 from nltrain.data import DataError, StoreError, join_url, open_plan, open_store
 from nltrain.data.probe import check_atomic_create
+from nltrain.places import as_uri
 from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
@@ -105,7 +106,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
             # A name of its own each time: Ray would otherwise resume its view of an earlier job.
             name=f"ray_train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             # Every node has to reach it; the only place of which that is certain is where the checkpoints go.
-            storage_path=join_url(_absolute(config.checkpoint.url), config.name),
+            storage_path=as_uri(join_url(_absolute(config.checkpoint.url), config.name)),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
             callbacks=[SaveOnSigterm()],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nltrain.places import PlaceError, S3Place, absolute_place, join_url, parse_place, shown
+from nltrain.places import PlaceError, S3Place, absolute_place, as_uri, join_url, parse_place, shown, split_url
 
 
 @pytest.mark.parametrize("key", ["crawl#2", "a?b=c", "a%20b", "a b", "a//b", "/a", "a+b", "[1]", "a\tb", "é", "a;b,c"])
@@ -73,3 +73,20 @@ def test_a_submitted_job_refuses_a_relative_path_with_the_form_to_write(monkeypa
 
 def test_a_message_stays_one_line_on_any_terminal() -> None:
     assert shown("a\nb\x1b[0m\udce9 é") == "a\\nb\\x1b[0m\\xe9 é"
+
+
+@pytest.mark.parametrize("folder", ["s3://b", "s3://b/runs#2", "s3://b/x//", "s3://b/a//b", "/runs", "runs", "/a b"])
+def test_an_url_is_split_where_it_was_joined(folder: str) -> None:
+    assert split_url(join_url(folder, "name")) == split_url(join_url(folder, "name") + "/") == (folder, "name")
+
+
+def test_a_library_that_parses_uris_finds_the_same_key() -> None:
+    from pyarrow.fs import LocalFileSystem, S3FileSystem
+
+    for key in ("runs#2/x", "a b", "a?b=c", "100%", "a%20b", "é", "a+b&c", "[1]"):
+        uri = as_uri(f"s3://bucket/{key}/")
+        _, path = S3FileSystem.from_uri(f"{uri}?region=us-east-1")
+        assert path == f"bucket/{key}"
+        assert LocalFileSystem.from_uri(as_uri(f"/{key}"))[1] == f"/{key}"
+    with pytest.raises(PlaceError, match=r"s3://b/a//b: a run cannot lie below a key with // in it"):
+        as_uri("s3://b/a//b")
