@@ -6,6 +6,7 @@ record cannot be known: that is a DataError. Memory is bounded by the longest re
 
 import codecs
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -15,7 +16,7 @@ READ_BYTES = 1 << 20
 _DECODER = json.JSONDecoder()
 # For integers of more digits than Python converts.
 _LENIENT = json.JSONDecoder(parse_int=str)
-_BLANK = " \t\r\n"
+_BLANKS = re.compile(r"[ \t\r\n]*")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -88,49 +89,55 @@ def _parse(line: bytes) -> Any:
 
 
 class _Text:
-    """The stream as text that grows at its end and is let go at its beginning."""
+    """The stream as text, read on from `position`; what lies before is let go when more is read."""
 
     def __init__(self, stream: BinaryIO, begun: bytes) -> None:
         self._stream, self._begun = stream, begun
         # Broken UTF-8 is kept, as surrogates: it makes its own record bad, not the file.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._first = True
-        self.text, self.line, self.ended = "", 1, False
+        self.text, self.position, self.line, self.ended = "", 0, 1, False
+
+    @property
+    def num_ahead(self) -> int:
+        """Characters that are read and not passed."""
+        return len(self.text) - self.position
 
     def more(self) -> bool:
         """Appends what comes next; False at the end."""
         data = self._begun or self._stream.read(READ_BYTES)
         self._begun = b""
         self.ended = not data
-        self.text += self._decoder.decode(data.removeprefix(_BOM) if self._first else data, final=self.ended)
+        added = self._decoder.decode(data.removeprefix(_BOM) if self._first else data, final=self.ended)
+        self.text, self.position = self.text[self.position :] + added, 0
         self._first = False
         return not self.ended
 
-    def skip(self, characters: str) -> str:
-        """Drops these characters; returns the next one, empty at the end."""
+    def skip_blanks(self) -> str:
+        """Passes them; returns the next character, empty at the end."""
         while True:
-            left = self.text.lstrip(characters)
-            self.drop(len(self.text) - len(left))
-            if self.text or not self.more():
-                return self.text[:1]
+            blanks = _BLANKS.match(self.text, self.position)
+            self.pass_to(blanks.end() if blanks else self.position)
+            if self.num_ahead or not self.more():
+                return self.text[self.position : self.position + 1]
 
-    def drop(self, count: int) -> None:
-        self.line += self.text.count("\n", 0, count)
-        self.text = self.text[count:]
+    def pass_to(self, end: int) -> None:
+        self.line += self.text.count("\n", self.position, end)
+        self.position = end
 
 
 def _values(
     stream: BinaryIO, begun: bytes, url: str, max_record_bytes: int, in_array: bool, may_fail: bool
 ) -> Iterator[tuple[int, Any]]:
     source = _Text(stream, begun)
-    if in_array and source.skip(_BLANK) == "[":
-        source.drop(1)
+    if in_array and source.skip_blanks() == "[":
+        source.pass_to(source.position + 1)
     first = True
     while True:
-        following = source.skip(_BLANK)
+        following = source.skip_blanks()
         if in_array and following == "]":
-            source.drop(1)
-            if source.skip(_BLANK):
+            source.pass_to(source.position + 1)
+            if source.skip_blanks():
                 raise _damaged(url, source, "something follows the array")
             return
         if not following:
@@ -140,8 +147,8 @@ def _values(
         if in_array and not first:
             if following != ",":
                 raise _damaged(url, source, "no comma between two records")
-            source.drop(1)
-            source.skip(_BLANK)
+            source.pass_to(source.position + 1)
+            source.skip_blanks()
         number = source.line
         found = _next_value(source, max_record_bytes)
         if isinstance(found, str):
@@ -153,33 +160,33 @@ def _values(
 
 
 def _next_value(source: _Text, max_record_bytes: int) -> tuple[Any] | str:
-    """The value at the beginning of the text, which is dropped; or why there is none."""
+    """The value at the position, which is passed; or why there is none."""
     while True:
         try:
-            value, end = _raw_decode(source.text)
+            value, end = _raw_decode(source.text, source.position)
             # A number may go on in what is not read yet.
             if end < len(source.text) or source.ended:
-                source.drop(end)
+                source.pass_to(end)
                 return (value,)
         except RecursionError:
             return "nested too deeply"
         except ValueError:
             if source.ended:
                 return "not JSON, or cut off"
-        if len(source.text) > max_record_bytes:
+        if source.num_ahead > max_record_bytes:
             return "a record is not JSON, or longer than prepare.max_record_bytes"
-        for _ in range(1 + len(source.text) // READ_BYTES):  # twice as much: each byte is parsed twice at most
+        for _ in range(1 + source.num_ahead // READ_BYTES):  # twice as much: each byte is parsed twice at most
             if not source.more():
                 break
 
 
-def _raw_decode(text: str) -> tuple[Any, int]:
+def _raw_decode(text: str, position: int) -> tuple[Any, int]:
     try:
-        return _DECODER.raw_decode(text)
+        return _DECODER.raw_decode(text, position)
     except json.JSONDecodeError:
         raise
     except ValueError:
-        return _LENIENT.raw_decode(text)
+        return _LENIENT.raw_decode(text, position)
 
 
 def _damaged(url: str, source: _Text, why: str) -> DataError:
