@@ -4,7 +4,9 @@
 ray job submit --working-dir . -- python jobs/prepare_shards.py input=s3://b/text output=s3://b/tokens
 python jobs/prepare_shards.py input=/data/a.jsonl.gz,/data/b output=/data/tokens prepare.seq_len=2048 workers=4
 
-Killed and started again, it does the rest; the bytes written do not depend on the number of workers.
+Killed and started again, it does the rest; the bytes written do not depend on the number of workers. A relative path is
+meant from where the command runs; a submitted job runs in a folder of Ray's and refuses one. A path with a comma is
+written as JSON: input='["/data/a,b"]'.
 """
 
 import logging
@@ -13,7 +15,7 @@ import secrets
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from nltrain.config import ConfigError, describe, override  # noqa: E402
 from nltrain.data import DataError, PrepareConfig, StoreError, prepare_files  # noqa: E402
+from nltrain.places import PlaceError, absolute_place, shown  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class PrepareJob:
     """What to read, where to write, and how."""
 
     input: tuple[str, ...] = ()
-    """Files, folders or s3:// prefixes of .txt, .md, .jsonl (each also .gz or .zst) and .parquet."""
+    """Files, folders or s3:// prefixes of .txt, .md, .json, .jsonl, .ndjson (each also .gz .zst .bz2 .xz), .parquet."""
     output: str = ""
     """URL of the dataset: an empty s3:// prefix or folder, or that of an unfinished run to go on with."""
     tokenizer: str = ""
@@ -45,6 +48,8 @@ class PrepareJob:
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise ConfigError(f"workers={self.workers}: must be at least 1")
+        if self.tokenizer_training_bytes < 1:
+            raise ConfigError(f"tokenizer_training_bytes={self.tokenizer_training_bytes}: must be at least 1")
 
 
 def on_ray(workers: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]:
@@ -62,7 +67,7 @@ def on_ray(workers: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iter
                 options = {"num_cpus": workers, "include_dashboard": False, "_temp_dir": folder}
                 options["object_store_memory"] = 100 << 20
             import ray  # reads its environment when it is imported
-            from ray.exceptions import RayTaskError
+            from ray.exceptions import RayError, RayTaskError
 
             environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
             ray.init(runtime_env={"env_vars": environment}, logging_level=logging.WARNING, **options)
@@ -73,16 +78,37 @@ def on_ray(workers: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iter
                     done, _ = ray.wait(list(pending), num_returns=1)
                     yield pending.pop(done[0]), ray.get(done[0])
             except RayTaskError as error:
-                raise (error.cause if isinstance(error.cause, DataError | StoreError) else error) from None
+                cause = error.cause
+                if isinstance(cause, OSError):  # a full or broken disk of the machine where the task ran
+                    cause = DataError(f"{cause.filename or 'a local file'}: {cause.strerror or cause}: check that disk")
+                raise (cause if isinstance(cause, DataError | StoreError) else error) from None
+            except RayError as error:
+                said = " ".join(str(error).split())[:300]
+                raise DataError(
+                    f"a task ended without a result ({type(error).__name__}: {said}): start the command again, it does "
+                    "the rest; if memory was short, lower workers or prepare.max_record_bytes"
+                ) from None
             finally:
                 ray.shutdown()
 
     return execute
 
 
+def placed(job: PrepareJob) -> PrepareJob:
+    """The job with each place made absolute. Raises PlaceError for what a submitted job cannot know."""
+    return replace(
+        job,
+        input=tuple(absolute_place("input", url) for url in job.input),
+        output=absolute_place("output", job.output),
+        tokenizer=absolute_place("tokenizer", job.tokenizer),
+    )
+
+
 def main() -> int:
     try:
-        job = override(PrepareJob(), sys.argv[1:])
+        if len([argument for argument in sys.argv[1:] if argument.startswith("input=")]) > 1:
+            raise ConfigError("input=... is given more than once: write input=A,B in one (a shell makes two of {A,B})")
+        job = placed(override(PrepareJob(), sys.argv[1:]))
         if not job.input or not job.output:
             raise ConfigError("input=... and output=... are needed:\n" + describe(job))
         report = lambda line: print(line, flush=True)  # noqa: E731
@@ -96,13 +122,13 @@ def main() -> int:
             execute=on_ray(job.workers),
             progress=report,
         )
-    except (ConfigError, DataError, StoreError) as error:
+    except (ConfigError, PlaceError, DataError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, split in manifest.splits.items():
         report(f"{name}: {split.num_tokens} tokens, {split.num_documents} documents, {split.num_sequences} sequences")
     counts = {name: manifest.report[name] for name in ("tokens_in", "tokens_out", "records_in", "dropped_records")}
-    report(f"{job.output}: {counts}")
+    report(f"{shown(job.output)}: {counts}")
     return 0
 
 

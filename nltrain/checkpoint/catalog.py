@@ -25,6 +25,7 @@ from nltrain.checkpoint.manifest import (
     tombstone,
 )
 from nltrain.checkpoint.tree import canonical_json
+from nltrain.data.probe import check_atomic_create
 from nltrain.data.store import Store
 
 log = logging.getLogger(__name__)
@@ -115,8 +116,10 @@ def attempts(store: Store, run: str) -> list[int]:
 def claim_attempt(store: Store, run: str, attempt: int | None = None, nonce: str = "") -> int:
     """Begin attempt number `attempt` (None: the next free one) and fence off all older ones; returns the number.
 
-    Raises StaleAttemptError where that number, or a newer one, has begun before.
+    Raises StaleAttemptError where that number, or a newer one, has begun before, StoreError where the store knows no
+    atomic create: there is no fence without it.
     """
+    check_atomic_create(store, f"{check_run(run)}/attempts")
     while True:
         taken = attempts(store, run)
         number = attempt if attempt is not None else (taken[-1] + 1 if taken else 1)

@@ -26,6 +26,7 @@ from nltrain.checkpoint.plan import DTYPES
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.data.store import Store, StoreError, open_store
 from nltrain.fragment import Fragment
+from nltrain.places import split_url
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 # Bytes of one piece in memory while exporting.
@@ -38,14 +39,14 @@ def find(url: str) -> tuple[Store, str, str | None]:
 
     @TOKENS picks the newest attempt's. Raises MismatchError where nothing is there.
     """
-    head, _, last = url.rstrip("/").rpartition("/")
+    head, last = split_url(url)
     if parse_name(last):
-        parent, _, run = head.removesuffix("/checkpoints").rpartition("/")
+        parent, run = split_url(head.removesuffix("/checkpoints"))
         return open_store(parent), run, last
-    base, at, tokens = url.rstrip("/").rpartition("@")
+    base, at, tokens = url.removesuffix("/").rpartition("@")
     if not (at and tokens.isdigit()):
-        base, tokens = url.rstrip("/"), ""
-    parent, _, run = base.rpartition("/")
+        base, tokens = url.removesuffix("/"), ""
+    parent, run = split_url(base)
     if not parent or not run:
         raise MismatchError(f"{url!r} is no run: give its folder, RUN_URL[@TOKENS] or RUN_URL/checkpoints/NAME")
     store = open_store(parent)

@@ -43,6 +43,8 @@ class FaultProxy:
         self.num_requests = 0
         self.refusal: tuple[int, str, dict[str, str]] | None = None
         """(status, S3 error code, headers) answered to every request instead of forwarding it."""
+        self.conditional_puts = "forwarded"
+        """forwarded; "ignored": their If-None-Match is lost on the way; "refused": they are answered with 501."""
         self._upstream = urlsplit(server_url).netloc
         self._random = random.Random(seed)
         self._lock = threading.Lock()
@@ -114,6 +116,9 @@ class _Handler(BaseHTTPRequestHandler):
             status, code, headers = proxy.refusal
             self._answer(status, headers, b"" if self.command == "HEAD" else _ERROR.format(code=code).encode())
             return
+        if proxy.conditional_puts == "refused" and self.headers.get("If-None-Match"):
+            self._answer(501, {}, _ERROR.format(code="NotImplemented").encode())
+            return
         fault = proxy.draw(has_body_back=self.command == "GET")
         if fault == "stall":
             proxy.stall()
@@ -131,6 +136,8 @@ class _Handler(BaseHTTPRequestHandler):
         proxy = self.server.proxy
         headers = {name: value for name, value in self.headers.items() if name.lower() not in _HOP_HEADERS}
         headers["Content-Length"] = str(len(body))
+        if proxy.conditional_puts == "ignored":
+            headers = {name: value for name, value in headers.items() if name.lower() != "if-none-match"}
         with contextlib.closing(http.client.HTTPConnection(proxy._upstream, timeout=60)) as upstream:
             upstream.request(self.command, self.path, body, headers)
             answer = upstream.getresponse()

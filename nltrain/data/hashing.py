@@ -16,7 +16,7 @@ def key64(*parts: str | int) -> int:
     """A 64-bit key of the parts; different splits of the same text give different keys."""
     digest = hashlib.blake2b(digest_size=8)
     for part in parts:
-        data = str(part).encode()
+        data = str(part).encode("utf-8", "surrogateescape")  # file names may be any bytes
         digest.update(len(data).to_bytes(8, "little") + data)
     return int.from_bytes(digest.digest(), "little")
 

@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,15 +20,17 @@ from tokenizers import Tokenizer
 from nltrain.data.corpus import Document
 from nltrain.data.errors import DataError
 from nltrain.data.hashing import unit_hash
+from nltrain.data.inputs import EXAMPLES_KEPT, PassedOver
 from nltrain.data.manifest import MANIFEST_KEY, TOKENIZER_KEY, Manifest, Split, read_manifest
 from nltrain.data.shards import FinishedShard, Shard, ShardPacker
-from nltrain.data.sources import EXAMPLES_KEPT, Dropped
+from nltrain.data.sources import Dropped, Piece, pieces
 from nltrain.data.store import Store, join_url
-from nltrain.data.tokenizer import SEPARATOR, DocumentEncoder, token_dtype, tokenizer_sha256, tokenizer_to_bytes
+from nltrain.data.tokenizer import SEPARATOR, DocumentEncoder, Losses, token_dtype, tokenizer_sha256, tokenizer_to_bytes
 
 TRAIN, VALIDATION = "train", "validation"
 # Long documents are encoded in parallel by the tokenizer's own threads; this bounds the text held at once.
 ENCODE_BATCH_CHARS = 1 << 20
+LOST_CHARACTERS_KEPT = 50
 
 Progress = Callable[[str], None]
 
@@ -56,10 +58,12 @@ class PrepareConfig:
     group_bytes: int = 256 << 20
     """Neighbouring input files are packed together up to this size; one group is one task."""
     max_bad_fraction: float = 0.001
-    """Share of records that may be unreadable or empty before the work stops."""
+    """Share of all records that may be unreadable or empty; with more of them no dataset is made."""
+    max_record_bytes: int = 64 << 20
+    """Longest JSON record or parquet cell, in bytes: it is held in memory whole. A longer one is a bad record."""
 
     def __post_init__(self) -> None:
-        for name in ("seq_len", "bytes_per_member", "bytes_per_shard", "group_bytes"):
+        for name in ("seq_len", "bytes_per_member", "bytes_per_shard", "group_bytes", "max_record_bytes"):
             if getattr(self, name) < 1:
                 raise DataError(f"prepare.{name}: {getattr(self, name)}: must be at least 1")
         if not 0 <= self.validation_fraction < 1:
@@ -84,6 +88,12 @@ class GroupResult:
     """Records that gave no tokens, by reason."""
     dropped_examples: list[str]
     """Where the first of them are: file:line: reason."""
+    no_records: list[str] = field(default_factory=list)
+    """Names of JSON files without records."""
+    lost_characters: dict[str, int] = field(default_factory=dict)
+    """Characters of kept documents for which the tokenizer has no token."""
+    num_unknown: int = 0
+    """Unknown tokens among `num_tokens`."""
 
     def to_bytes(self, work: str) -> bytes:
         return json.dumps({"work": work, **asdict(self)}, sort_keys=True).encode()
@@ -92,7 +102,7 @@ class GroupResult:
     def parse(cls, data: bytes, work: str) -> "GroupResult | None":
         """None when it is the result of other work."""
         content = json.loads(data)
-        if content.pop("work") != work:
+        if content.pop("work", None) != work:
             return None
         content["shards"] = {split: [Shard(**shard) for shard in shards] for split, shards in content["shards"].items()}
         return cls(**content)
@@ -120,22 +130,28 @@ def prepare(
     finished = finished_manifest(store, work)
     if finished is not None:
         return finished
-    dropped = Dropped(max_fraction=1.0)
+    dropped = Dropped()
     dropped.num_records = len(corpus)
     for name, text in corpus:
         if not text:
             dropped.add(name, "empty text")
-    result = prepare_group(
-        0, [document for document in corpus if document.text], store, tokenizer, config, dropped, progress
-    )
+    texts = (piece for name, text in corpus if text for piece in pieces(name, name, [text]))
+    result = prepare_group(0, texts, store, tokenizer, config, dropped, progress)
     return write_manifest(store, tokenizer, config, work, [result])
+
+
+def settings_that_matter(config: PrepareConfig) -> dict[str, Any]:
+    """The settings that decide what is written."""
+    settings = asdict(config)
+    del settings["max_bad_fraction"]  # raising it must not undo what is done
+    if settings["max_record_bytes"] == PrepareConfig.max_record_bytes:
+        del settings["max_record_bytes"]  # younger than some datasets
+    return settings
 
 
 def work_key(config: PrepareConfig, tokenizer: Tokenizer, inputs: str) -> str:
     """Identity of a piece of work: settings, tokenizer and what goes in."""
-    settings = asdict(config)
-    del settings["max_bad_fraction"]  # raising it must not undo what is done
-    identity = json.dumps([settings, tokenizer_sha256(tokenizer), inputs], sort_keys=True)
+    identity = json.dumps([settings_that_matter(config), tokenizer_sha256(tokenizer), inputs], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
@@ -166,12 +182,12 @@ def prepare_tokens(
     packer = GroupPacker(0, store, DocumentEncoder(tokenizer, config.separator).vocab_size, config)
     for name, tokens in documents:
         packer.add(name, tokens)
-    return write_manifest(store, tokenizer, config, work, [packer.finish(Dropped(max_fraction=1.0))])
+    return write_manifest(store, tokenizer, config, work, [packer.finish(Dropped())])
 
 
 def prepare_group(
     group: int,
-    documents: Iterable[Document],
+    documents: Iterable[Piece],
     store: Store,
     tokenizer: Tokenizer,
     config: PrepareConfig,
@@ -182,9 +198,15 @@ def prepare_group(
     encoder = DocumentEncoder(tokenizer, config.separator)
     packer = GroupPacker(group, store, encoder.vocab_size, config, progress)
     for batch in _batches(documents, packer):
-        for (name, _), tokens in zip(batch, encoder.encode([text for _, text in batch]), strict=True):
-            packer.add(name, tokens)
-    return packer.finish(dropped)
+        encoded = encoder.try_encode([piece.text for piece in batch], [piece.continues for piece in batch])
+        for piece, tokens in zip(batch, encoded, strict=True):
+            if isinstance(tokens, str) or not len(tokens):
+                why = tokens if isinstance(tokens, str) else "no token for any of its characters"
+                dropped.add(piece.where, f"{why}, in a part of a long document" if piece.continues else why)
+                dropped.check()
+            else:
+                packer.add(piece.name, tokens, piece.continues)
+    return packer.finish(dropped, encoder.losses)
 
 
 class GroupPacker:
@@ -200,6 +222,7 @@ class GroupPacker:
         }
         self._shards: dict[str, list[Shard]] = {split: [] for split in self._packers}
         self._num_documents = self._num_tokens = self._num_left_out = 0
+        self._name: str | None = None  # of the document added last
         self._started_s = time.monotonic()
 
     def keeps(self, name: str) -> bool:
@@ -209,17 +232,20 @@ class GroupPacker:
         self._num_left_out += 1
         return False
 
-    def add(self, name: str, tokens: np.ndarray) -> None:
-        """Appends one document. Raises DataError for an id outside the vocabulary."""
+    def add(self, name: str, tokens: np.ndarray, continues: bool = False) -> None:
+        """Appends one document, or a further piece of the one before. Raises DataError for an unknown id."""
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
             raise DataError(f"document {name!r}: an id is outside [0, {self.vocab_size}): use its own tokenizer")
         held_out = unit_hash(self.config.seed, "hold out", name) < self.config.validation_fraction
         split = VALIDATION if held_out else TRAIN
-        self._num_documents += 1
+        # A piece whose predecessors could not be encoded begins its document.
+        starts = not continues or name != self._name
+        self._name = name
+        self._num_documents += starts
         self._num_tokens += len(tokens)
-        self._store(split, self._packers[split].add(tokens))
+        self._store(split, self._packers[split].add(tokens, starts))
 
-    def finish(self, dropped: Dropped) -> GroupResult:
+    def finish(self, dropped: Dropped, losses: Losses | None = None) -> GroupResult:
         """Stores the last shards and checks the sums."""
         for split, packer in self._packers.items():
             self._store(split, packer.finish())
@@ -234,6 +260,9 @@ class GroupPacker:
             dropped.num_records,
             dict(sorted(dropped.by_reason.items())),
             dropped.examples,
+            dropped.no_records,
+            dict(losses.characters.most_common(LOST_CHARACTERS_KEPT)) if losses else {},
+            losses.num_unknown if losses else 0,
         )
 
     def _store(self, split: str, finished: list[FinishedShard]) -> None:
@@ -248,7 +277,12 @@ class GroupPacker:
 
 
 def write_manifest(
-    store: Store, tokenizer: Tokenizer, config: PrepareConfig, work: str, results: list[GroupResult]
+    store: Store,
+    tokenizer: Tokenizer,
+    config: PrepareConfig,
+    work: str,
+    results: list[GroupResult],
+    passed_over: PassedOver | None = None,
 ) -> Manifest:
     """Sums the groups up, in order, and commits the dataset."""
     encoder = DocumentEncoder(tokenizer, config.separator)
@@ -257,8 +291,11 @@ def write_manifest(
         for split in (TRAIN, VALIDATION)
     }
     dropped: Counter[str] = Counter()
+    lost: Counter[str] = Counter()
     for result in results:
         dropped.update(result.dropped)
+        lost.update(result.lost_characters)
+    passed_over = passed_over or PassedOver()
     report: dict[str, Any] = {
         "work": work,
         "settings": asdict(config),
@@ -269,9 +306,16 @@ def write_manifest(
         "records_in": sum(result.num_records for result in results),
         "dropped_records": dict(sorted(dropped.items())),
         "dropped_examples": [example for result in results for example in result.dropped_examples][:EXAMPLES_KEPT],
+        "passed_over": dict(sorted(passed_over.by_reason.items())),
+        "passed_over_examples": {reason: list(names) for reason, names in sorted(passed_over.examples.items())},
+        "unknown_tokens": sum(result.num_unknown for result in results),
+        "characters_without_token": dict(lost.most_common(LOST_CHARACTERS_KEPT)),
     }
     if not report["tokens_out"]:
-        raise DataError(f"{store.url}: the inputs hold no tokens (dropped: {report['dropped_records']}): check them")
+        raise DataError(
+            f"{store.url}: the inputs hold no tokens (dropped: {report['dropped_records']}, passed over: "
+            f"{report['passed_over']}): check them and prepare.text_field"
+        )
     manifest = Manifest(
         seq_len=config.seq_len,
         dtype=token_dtype(encoder.vocab_size).name,
@@ -286,14 +330,16 @@ def write_manifest(
     return manifest
 
 
-def _batches(documents: Iterable[Document], packer: GroupPacker) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    num_chars = 0
-    for document in documents:
-        if not packer.keeps(document.name):
+def _batches(documents: Iterable[Piece], packer: GroupPacker) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    num_chars, kept = 0, False
+    for piece in documents:
+        if not piece.continues:
+            kept = packer.keeps(piece.name)
+        if not kept:
             continue
-        batch.append(document)
-        num_chars += len(document.text)
+        batch.append(piece)
+        num_chars += len(piece.text)
         if num_chars >= ENCODE_BATCH_CHARS:
             yield batch
             batch, num_chars = [], 0

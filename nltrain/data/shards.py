@@ -83,13 +83,14 @@ class ShardPacker:
         self._first_of_group = True
         self._open_shard()
 
-    def add(self, document_tokens: np.ndarray) -> list[FinishedShard]:
-        """Appends one document."""
-        if len(document_tokens) == 0:
+    def add(self, tokens: np.ndarray, starts_document: bool = True) -> list[FinishedShard]:
+        """Appends one document, or a further piece of the one before."""
+        if len(tokens) == 0:
             return []
-        self._starts.append(self._num_pending)
-        self._pending.append(document_tokens.astype(self.dtype))
-        self._num_pending += len(document_tokens)
+        if starts_document:
+            self._starts.append(self._num_pending)
+        self._pending.append(tokens.astype(self.dtype))
+        self._num_pending += len(tokens)
         full = self.sequences_per_member * self.seq_len + 1
         return self._cut(full) if self._num_pending >= full else []
 

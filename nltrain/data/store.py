@@ -3,10 +3,12 @@
 Guarantees: `put` and `put_file` are atomic (a reader sees the old object, the new one or none), `put_if_absent` is an
 atomic create, every read returns exactly the bytes asked for, and each failure is one `StoreError` line with the URL
 and what to do. Transient failures (5xx, SlowDown, resets, stalls, short bodies) are retried with exponential backoff
-and full jitter; everything else fails at once. Limits: keys are plain relative paths; listing is not a snapshot.
+and full jitter; everything else fails at once. A key of S3 means itself, whatever its characters; below a folder keys
+are plain relative paths. Limits: listing is not a snapshot.
 """
 
 import contextlib
+import errno
 import io
 import os
 import random
@@ -18,7 +20,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
-from urllib.parse import unquote, urlsplit
+
+from nltrain.places import PlaceError, S3Place, join_url, parse_place, shown
 
 T = TypeVar("T")
 
@@ -30,6 +33,8 @@ DEFAULT_TIMEOUT_S = 20.0
 DEFAULT_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 8.0
 CONNECT_TIMEOUT_S = 5.0
+NOT_IMPLEMENTED = 501
+NEEDED_STORE = "use AWS S3, a store with conditional writes (MinIO, Ceph and others have them) or a shared folder"
 # One PUT may carry 5 GiB; parts also go out on several connections at once.
 MULTIPART_THRESHOLD_BYTES = 64 << 20
 # What one read copies at a time: small enough for a processor's cache.
@@ -38,6 +43,8 @@ COPY_BYTES = 1 << 20
 UPLOAD_BLOCK_BYTES = 1 << 20
 TEMPORARY_PREFIX = ".tmp-"
 DELETE_BATCH = 1000  # the most that one DeleteObjects takes
+# What file systems without hard links answer to a link (exFAT, SMB, some FUSE).
+NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 class StoreError(Exception):
@@ -97,23 +104,17 @@ def open_store(
     attempts, timeout_s (silence on the connection) and backoff_s (first wait, doubled each time) apply to S3.
     S3 endpoint, region and credentials come from the usual AWS chain (AWS_ENDPOINT_URL, AWS_REGION, profiles, ...).
     """
-    if not url:
-        raise StoreError("store URL is empty: give s3://bucket/prefix or a folder")
-    parts = urlsplit(url)
-    if parts.scheme == "s3":
+    place = _parse(url)
+    if isinstance(place, S3Place):
         return S3Store(url, attempts=attempts, timeout_s=timeout_s, backoff_s=backoff_s)
-    if parts.scheme == "file":
-        if parts.netloc not in ("", "localhost"):
-            raise StoreError(f"{url}: a file URL has three slashes: file:///{parts.netloc}{parts.path}")
-        return LocalStore(unquote(parts.path))
-    if "://" in url:
-        raise StoreError(f"{url}: scheme {parts.scheme!r} is not supported: give s3://bucket/prefix or a folder")
-    return LocalStore(url)
+    return LocalStore(place)
 
 
-def join_url(url: str, *names: str) -> str:
-    """The URL of a folder or object below `url`."""
-    return "/".join([url.rstrip("/"), *(name.strip("/") for name in names if name.strip("/"))])
+def _parse(url: str) -> S3Place | str:
+    try:
+        return parse_place(url)
+    except PlaceError as error:
+        raise StoreError(str(error)) from None
 
 
 def check_key(url: str, key: str) -> str:
@@ -127,7 +128,7 @@ class LocalStore:
     """A folder; objects are files below it."""
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = Path(folder).absolute()
         self.url = str(self.folder)
 
     def get(self, key: str) -> bytes:
@@ -166,6 +167,13 @@ class LocalStore:
                 os.link(temporary, self._path(key))
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in NO_HARD_LINKS:
+                    raise
+                raise StoreError(
+                    f"{shown(str(self._path(key)))}: this file system makes no hard links ({error.strerror}), which an "
+                    "atomic create needs: choose another folder or an s3:// URL"
+                ) from error
             return True
 
     def put_file(self, key: str, path: str | os.PathLike[str]) -> None:
@@ -218,9 +226,11 @@ class LocalStore:
         try:
             file = open(path, "rb")  # noqa: SIM115 (closed by the caller's with)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-            raise MissingObjectError(f"{path}: no such file: check the path") from error
+            raise MissingObjectError(f"{shown(str(path))}: no such file: check the path") from error
         except OSError as error:
-            raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+            raise StoreError(
+                f"{shown(str(path))}: cannot be read: {error.strerror}: check its rights and the disk"
+            ) from error
         with file:
             yield file
 
@@ -247,7 +257,7 @@ class LocalStore:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise StoreError(
-                f"{target}: cannot be written: {error.strerror}: check the folder's space and rights"
+                f"{shown(str(target))}: cannot be written: {error.strerror}: check the folder's space and rights"
             ) from error
 
     def _create(self, path: Path):
@@ -263,12 +273,13 @@ class S3Store:
     """Objects under s3://bucket/prefix. Thread-safe; make a new one after a fork."""
 
     def __init__(self, url: str, *, attempts: int, timeout_s: float, backoff_s: float):
-        parts = urlsplit(url)
-        if not parts.netloc:
-            raise StoreError(f"{url}: no bucket: give s3://bucket/prefix")
-        self.bucket = parts.netloc
-        self.prefix = parts.path.strip("/")
-        self.url = f"s3://{self.bucket}" + (f"/{self.prefix}" if self.prefix else "")
+        place = _parse(url)
+        if not isinstance(place, S3Place):
+            raise StoreError(f"{url}: not an S3 URL: give s3://bucket/prefix")
+        self.bucket, self.prefix = place
+        # A slash that belongs to the prefix is followed by the one that ends a folder's URL.
+        tail = "/" if self.prefix.endswith("/") else ""
+        self.url = f"s3://{self.bucket}" + (f"/{self.prefix}{tail}" if self.prefix else "")
         self.attempts, self.timeout_s, self.backoff_s = attempts, timeout_s, backoff_s
         self.retries = 0  # transient failures seen so far, for tests and metrics
         self._lock = threading.Lock()
@@ -347,6 +358,7 @@ class S3Store:
                 StoredObject(item["Key"][skip:], item["Size"], item["LastModified"].timestamp())
                 for page in pages
                 for item in page.get("Contents", [])
+                if len(item["Key"]) > skip  # not the object that consoles make to show an empty folder
             ]
 
         return self._call("list", prefix, read)
@@ -382,7 +394,8 @@ class S3Store:
         self._call("create_bucket", "", lambda client, _: client.create_bucket(Bucket=self.bucket))
 
     def _key(self, key: str) -> str:
-        check_key(self.url, key)
+        if not key:
+            raise StoreError(f"{self.url}: an object's key is empty: name an object")
         return f"{self.prefix}/{key}" if self.prefix else key
 
     def _connect(self) -> Any:
@@ -393,7 +406,7 @@ class S3Store:
 
     def _call(self, verb: str, key: str, operation: Callable[[Any, bool], T]) -> T:
         """operation(client, ambiguous): ambiguous when an earlier try may have taken effect unseen."""
-        url = join_url(self.url, key)
+        url = shown(join_url(self.url, key))
         client = self._connect()
         for attempt in range(1, self.attempts + 1):
             try:
@@ -551,7 +564,7 @@ def _is_transient(error: Exception) -> bool:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         code = error.response.get("Error", {}).get("Code", "")
         names = {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "RequestTimeTooSkewed"}
-        return status >= 500 or status == 429 or code in names
+        return (status >= 500 and status != NOT_IMPLEMENTED) or status == 429 or code in names
     if isinstance(error, S3UploadFailedError):
         return isinstance(error.__context__, Exception) and _is_transient(error.__context__)
     kinds = (
@@ -579,6 +592,9 @@ def _explain(url: str, verb: str, error: Exception, region: str) -> StoreError:
         return StoreError(f"{url}: {verb}: {_one_line(error)}: check the URL and the AWS_* variables")
     code = error.response.get("Error", {}).get("Code", "")
     headers = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {})
+    if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") == NOT_IMPLEMENTED:
+        what = "an atomic create (PUT with If-None-Match: *)" if verb == "put_if_absent" else "this request"
+        return StoreError(f"{url}: {verb}: the store at this endpoint does not know {what} ({code}): {NEEDED_STORE}")
     if code == "NoSuchBucket":
         return StoreError(f"{url}: {verb}: the bucket does not exist: create it or correct the URL")
     if code in ("NoSuchKey", "404", "NotFound"):

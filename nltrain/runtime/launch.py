@@ -22,6 +22,8 @@ from typing import Any
 from nltrain.checkpoint.catalog import attempts
 from nltrain.config import RunConfig, check_vocabulary, describe, override, to_dict
 from nltrain.data import DataError, StoreError, join_url, open_plan, open_store
+from nltrain.data.probe import check_atomic_create
+from nltrain.places import as_uri
 from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
@@ -106,7 +108,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
             # A name of its own each time: Ray would otherwise resume its view of an earlier job.
             name=f"ray_train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             # Every node has to reach it; the only place of which that is certain is where the checkpoints go.
-            storage_path=join_url(_absolute(config.checkpoint.url), config.name),
+            storage_path=as_uri(join_url(_absolute(config.checkpoint.url), config.name)),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
             callbacks=[SaveOnSigterm(), CheckDriver(cluster.device)],
@@ -187,7 +189,7 @@ def _check_address(address: str) -> None:
 def _check_places(config: RunConfig) -> None:
     """Data and checkpoints can be reached: better told here, in one line, than by every rank."""
     check_vocabulary(config, open_plan(config.data).vocab_size)
-    open_store(config.checkpoint.url).list(f"{config.name}/attempts/")
+    check_atomic_create(open_store(config.checkpoint.url), f"{config.name}/attempts")
 
 
 def _afresh(config: RunConfig) -> RunConfig:

@@ -32,8 +32,8 @@ from nltrain.data import (
     train_tokenizer,
 )
 from nltrain.data.entropy import bigram_entropy, unigram_entropy
+from nltrain.data.inputs import cut_groups, list_inputs
 from nltrain.data.prepare_files import in_turn
-from nltrain.data.sources import cut_groups, list_inputs
 from nltrain.data.tokenizer import DocumentEncoder, tokenizer_to_bytes
 from tests.data.support import TOKENIZER, files
 
@@ -105,7 +105,7 @@ def test_every_document_of_every_kind_of_file_comes_out_whole(corpus: Path, tmp_
     assert report["tokens_in"] == report["tokens_out"] > 0
     assert report["records_in"] == report["documents_in"] == 90
     assert report["dropped_records"] == {}
-    assert any("1 files of other kinds are not read" in line for line in lines)
+    assert any("passed over, the output or the tokenizer of this job: 1" in line for line in lines)
     assert any("tokens/s" in line and "ETA" in line for line in lines)
 
 
@@ -139,19 +139,42 @@ def test_two_workers_write_the_same_bytes_as_one(corpus: Path, tmp_path: Path) -
 
 def test_the_job_prepares_on_ray_with_a_tokenizer_of_its_own(corpus: Path, tmp_path: Path) -> None:
     (corpus / "tokenizer.json").unlink()
+    (corpus / "a,b").mkdir()
+    (corpus / "a.jsonl").rename(corpus / "a,b" / "a.jsonl")
     arguments = ["prepare.seq_len=32", "prepare.group_bytes=3000", "prepare.validation_fraction=0.1", "vocab_size=300"]
-    command = [sys.executable, "jobs/prepare_shards.py", f"input={corpus}", *arguments]
+    command = [sys.executable, str(ROOT / "jobs" / "prepare_shards.py")]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    done = subprocess.run(
-        [*command, f"output={tmp_path}/ray", "workers=2"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+
+    def start(*options: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*command, *options, *arguments], cwd=tmp_path, env=environment | variables, capture_output=True, text=True
+        )
+
+    # Relative paths: of the folder where the command runs, not of the folder where Ray's workers do.
+    done = start("input=corpus", "output=ray", "workers=2")
     assert done.returncode == 0, done.stderr
+    assert f"-> {tmp_path}/ray" in done.stdout
     config = PrepareConfig(seq_len=32, group_bytes=3000, validation_fraction=0.1)
     prepare_files([str(corpus)], f"{tmp_path}/here", config, vocab_size=300, progress=lambda _: None)
     assert files(tmp_path / "ray") == files(tmp_path / "here")
     assert TokenDataset.open(f"{tmp_path}/ray").tokenizer().get_vocab_size() <= 300
-    refused = subprocess.run([*command, "output="], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert refused.returncode == 1 and refused.stderr.startswith("error: ") and "Traceback" not in refused.stderr
+    again = start(f"input={json.dumps([str(corpus)])}", "output=ray")
+    assert again.returncode == 0 and "finished already" in again.stdout
+    for options, variables, says in (
+        (("input=corpus", "output="), {}, "input=... and output=... are needed"),
+        (("input=corpus/a,b", "output=x"), {}, "corpus/a: no files there: check the path, a path with a comma"),
+        (("input=corpus", "input=x", "output=x"), {}, "input=... is given more than once"),
+        (("input=corpus", "output=data/tokens"), {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, "write input=$PWD/corpus"),
+        (
+            ("input=/x", "output=data/t"),
+            {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"},
+            "write output=$PWD/data/t in",
+        ),
+        (("input=corpus", "output=x", "tokenizer=/tokenizer.json"), {}, "/tokenizer.json: no such file"),
+    ):
+        refused = start(*options, **variables)
+        assert refused.returncode == 1 and refused.stderr.startswith("error: "), refused.stderr
+        assert says in refused.stderr and "Traceback" not in refused.stderr
 
 
 KILLED = """
@@ -213,7 +236,10 @@ def test_bad_records_are_counted_reported_with_their_line_and_stop_the_work_over
     (corpus / "mixed.jsonl").write_bytes(b"\n".join([*good[:10], *bad, *good[10:]]) + b"\n")
     (corpus / "latin.txt").write_bytes(b"one\ntwo \xe9\n")
     (corpus / "tokenizer.json").write_bytes(tokenizer_to_bytes(TOKENIZER))
-    with pytest.raises(DataError, match=r"max_bad_fraction: 0.001: 1 of 1 records are bad, first: .*latin.txt:2"):
+    with pytest.raises(
+        DataError,
+        match=r"max_bad_fraction: 0.001: 2 records are bad, and of all .* at most 1 may be, first: .*:11: not JSON",
+    ):
         run(corpus, tmp_path / "strict")
     lines = run(corpus, tmp_path / "out", PrepareConfig(seq_len=32, max_bad_fraction=0.2))
     report = TokenDataset.open(str(tmp_path / "out")).manifest.report
@@ -253,12 +279,13 @@ def test_a_parquet_file_without_the_column_names_those_it_has(corpus: Path, tmp_
 
 
 def test_inputs_that_are_not_there_or_clash_are_named(tmp_path: Path, corpus: Path) -> None:
+    (corpus / "image.png").write_bytes(b"PNG")
     with pytest.raises(DataError, match=r"nowhere: no files there"):
         list_inputs([str(tmp_path / "nowhere")])
     with pytest.raises(DataError, match=r"two inputs both have"):
         list_inputs([str(corpus), str(corpus)])
-    with pytest.raises(DataError, match=r"no .txt, .md, .jsonl, .parquet file"):
-        list_inputs([str(corpus / "tokenizer.json")], lambda _: None)
+    with pytest.raises(DataError, match=r"no .txt, .md, .jsonl, .ndjson, .json, .parquet file"):
+        list_inputs([str(corpus / "image.png")], lambda _: None)
 
 
 def test_groups_depend_on_names_and_bytes_alone(corpus: Path) -> None:

@@ -9,8 +9,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from nltrain.checkpoint.catalog import claim_attempt
 from nltrain.data.embedded_s3 import EmbeddedS3
 from nltrain.data.fault_proxy import FaultProxy
+from nltrain.data.probe import check_atomic_create
 from nltrain.data.store import MissingObjectError, S3Store, Store, StoreError, open_store
 
 
@@ -115,6 +117,43 @@ def test_put_if_absent_creates_once(store: Store) -> None:
     assert store.get("claim") == b"first"
 
 
+def test_a_store_that_creates_once_passes_the_probe_and_keeps_nothing_of_it(store: Store) -> None:
+    check_atomic_create(store, "run/attempts")
+    assert store.list() == []
+
+
+@pytest.mark.parametrize(
+    ("conditional_puts", "says"),
+    [
+        ("refused", r"does not know an atomic create \(PUT with If-None-Match: \*\) \(NotImplemented\): use AWS S3"),
+        ("ignored", r"ignores If-None-Match: two creates of one object both succeeded.*use AWS S3"),
+    ],
+)
+def test_a_store_without_conditional_puts_is_refused_at_once_when_a_run_begins(
+    s3: EmbeddedS3, bucket: str, monkeypatch: pytest.MonkeyPatch, conditional_puts: str, says: str
+) -> None:
+    with FaultProxy(s3.endpoint_url, probability=0) as proxy:
+        proxy.conditional_puts = conditional_puts
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
+        store = open_store(bucket)
+        with pytest.raises(StoreError, match=says):
+            claim_attempt(store, "run")
+        assert store.retries == 0  # type: ignore[attr-defined]
+        assert store.list() == []  # no attempt was begun and nothing is left
+        proxy.conditional_puts = "forwarded"
+        assert claim_attempt(store, "run") == 1
+
+
+def test_a_folder_without_hard_links_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")  # what exFAT and some network shares answer
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(StoreError, match=r"run/attempts/probe-.*makes no hard links .*choose another folder"):
+        check_atomic_create(open_store(str(tmp_path)), "run/attempts")
+    assert open_store(str(tmp_path)).list() == []
+
+
 def test_a_missing_object_and_a_short_range_are_named(store: Store) -> None:
     with pytest.raises(MissingObjectError, match="nothing/here"):
         store.get("nothing/here")
@@ -127,10 +166,36 @@ def test_a_missing_object_and_a_short_range_are_named(store: Store) -> None:
         open_store(store.url, attempts=2, backoff_s=0.01).read_into("short", 1, [memoryview(bytearray(10))])
 
 
-def test_a_key_cannot_leave_the_store(store: Store) -> None:
+def test_a_key_cannot_leave_a_folder(tmp_path: Path) -> None:
     for key in ("../x", "/etc/passwd", "a//b", "", "a/./b"):
         with pytest.raises(StoreError, match="plain relative path"):
-            store.put(key, b"")
+            open_store(str(tmp_path)).put(key, b"")
+
+
+ODD_KEYS = ["crawl#2", "a?b=c&d", "a%20b", "a b", "a+b", "a//b", "a/", "/a", "./a", "a/../b", "é\t;,'\"", "\U0001f600"]
+
+
+@pytest.mark.parametrize("prefix", ["", "/crawl#2", "/x//", "//x", "/a b?"])
+def test_a_key_of_s3_means_itself_whatever_its_characters(bucket: str, prefix: str) -> None:
+    plain = open_store(bucket)
+    for name in ("crawl", "crawl#2", "x", "a b"):
+        plain.put(f"{name}/mine", b"another's")
+    store = open_store(bucket + prefix)
+    for key in ODD_KEYS:
+        store.put(key, key.encode())
+        assert not store.put_if_absent(key, b"other")
+    inside = prefix.removeprefix("/").removesuffix("/")
+    for key in ODD_KEYS:
+        assert store.get(key) == plain.get(f"{inside}/{key}" if inside else key) == key.encode()
+    assert {found.key for found in store.list()} >= set(ODD_KEYS)
+    assert plain.get("crawl/mine") == plain.get("x/mine") == b"another's"
+    with pytest.raises(StoreError, match="key is empty"):
+        store.get("")
+
+
+def test_an_object_that_shows_an_empty_folder_is_no_object_of_it(bucket: str) -> None:
+    open_store(bucket).put("folder/", b"")
+    assert open_store(f"{bucket}/folder/").list() == []
 
 
 def test_readers_of_a_folder_see_whole_objects_only(tmp_path: Path) -> None:
@@ -227,7 +292,7 @@ def test_a_missing_bucket_is_named(s3: EmbeddedS3) -> None:
         open_store("s3://no-such-bucket/x").get("key")
 
 
-@pytest.mark.parametrize("url", ["", "gs://bucket/x", "s3://", "file://folder/x"])
+@pytest.mark.parametrize("url", ["", "gs://bucket/x", "s3://", "s3:/bucket/x", "file://folder/x"])
 def test_a_url_that_cannot_be_a_store_is_refused(url: str) -> None:
     with pytest.raises(StoreError):
         open_store(url)
