@@ -82,7 +82,9 @@ class Drill:
             tempfile.tempdir = None  # read TMPDIR again
             s3 = self._stack.enter_context(EmbeddedS3(BUCKET))
             self.proxy = self._stack.enter_context(FaultProxy(s3.endpoint_url, probability=0.0, kinds=("reset",)))
-            self.s3_environment = s3.environment() | {"AWS_ENDPOINT_URL": self.proxy.endpoint_url}
+            self.s3_environment = s3.environment() | dict.fromkeys(
+                ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), self.proxy.endpoint_url
+            )
             before = {name: os.environ.get(name) for name in self.s3_environment}
             self._stack.callback(_restore, before)
             os.environ.update(self.s3_environment)

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 
 from nltrain.runtime.config import STOP_WAIT_S
+from nltrain.runtime.environment import own_home, without_foreign
 from nltrain.runtime.processes import Owner
 
 START_TIMEOUT_S = 90
@@ -78,7 +79,8 @@ class LocalCluster:
         self.port, self.dashboard_port = free_ports(2)
         self.nodes: list[LocalNode] = []
         self.environment = (
-            os.environ
+            without_foreign(os.environ)
+            | own_home(self._folder / "home")
             | {
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": str(token),
@@ -94,7 +96,6 @@ class LocalCluster:
             | owner.environment
             | environment
         )
-        self.environment.pop("RAY_ADDRESS", None)
 
     @property
     def temp_dir(self) -> Path:
@@ -167,11 +168,13 @@ class LocalCluster:
         request = urllib.request.Request(
             f"{self.job_address}/api/version", headers={"Authorization": f"Bearer {token}"}
         )
+        # The cluster is on this machine: no proxy of the user's stands between.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         while time.monotonic() < deadline:
             if self._process is None or self._process.poll() is not None:
                 raise ClusterError(f"the local Ray cluster ended while starting; see {self._folder / 'head.log'}")
             try:
-                with urllib.request.urlopen(request, timeout=2):
+                with direct.open(request, timeout=2):
                     return
             except (urllib.error.URLError, OSError):
                 time.sleep(0.2)
