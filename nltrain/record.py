@@ -107,6 +107,12 @@ class Record:
             path = self._metrics.path
             self._publisher.offer(published_key(self._config.name, path), path.read_bytes)
 
+    def lacks_validation(self, tokens: int) -> bool:
+        """Whether the steps up to `tokens` are on record here, but no validation there. Rank 0 knows."""
+        rows = [row for row in read_rows(self.folder) if row.get("tokens") == tokens]
+        kinds = {row["kind"] for row in rows}
+        return self._writes and "step" in kinds and "validation" not in kinds
+
     def report(self) -> dict[str, Any] | None:
         """Write summary and plots; None on the other ranks, and where no step was ever logged."""
         if not self._writes:

@@ -134,6 +134,13 @@ class Run:
         self._logged_at = self.tokens
         self._announce(loaded)
         self._stream = TokenStream(self.config.data, self.plan, self._my_samples())
+        # The attempt before saved this moment and ended before it had validated.
+        if (
+            loaded
+            and self.validation_is_due()
+            and self._ranks.from_first(lambda: self.record.lacks_validation(self.tokens))
+        ):
+            self.validate()
 
     def quanta(self) -> Iterator[int]:
         """The quanta still to train, by number."""

@@ -19,9 +19,18 @@ from types import FrameType
 from typing import Any
 
 from nltrain.checkpoint.catalog import attempts
-from nltrain.config import RunConfig, check_vocabulary, describe, override, to_dict
-from nltrain.data import DataError, StoreError, join_url, open_plan, open_store
+from nltrain.checkpoint.errors import CheckpointError
+from nltrain.config import RunConfig, describe, override, to_dict
+from nltrain.data import DataError, StoreError, join_url, open_store
 from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
+from nltrain.runtime.environment import print_anything
+from nltrain.runtime.preflight import (
+    check_run_can_start,
+    check_shared,
+    describe_places,
+    settle_assignments,
+    settle_config,
+)
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,14 +50,15 @@ def main(config: RunConfig, arguments: Sequence[str] | None = None) -> int:
         print(f"usage: {Path(sys.argv[0]).name} [--dry-run] [field=value ...]\n\n{describe(config)}")
         return 0
     try:
-        config = override(config, [argument for argument in arguments if argument != "--dry-run"])
+        assignments = [argument for argument in arguments if argument != "--dry-run"]
+        config = settle_config(override(config, settle_assignments(assignments)))
         if dry_run:
             from nltrain.dry_run import dry_run as show
 
             print(describe(config), show(config), sep="\n\n")
             return 0
         result = launch(config)
-    except (ValueError, LaunchError, DataError, StoreError) as error:
+    except (ValueError, LaunchError, DataError, StoreError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return STOPPED_EXIT_CODE if result["left"] == "stopped" else 0
@@ -65,9 +75,10 @@ def launch(config: RunConfig) -> dict[str, Any]:
             f"{ADDRESS_VARIABLE} is not set: start this file with `ray job submit --working-dir . -- python jobs/...`, "
             f"or set {ADDRESS_VARIABLE} to your cluster's host:port"
         )
-    print(describe(config), flush=True)
+    print_anything()
+    print(describe(config), describe_places(config), sep="\n", flush=True)
     _check_address(address)
-    _check_places(config)
+    check_run_can_start(config)
     config = _afresh(config)
     cluster = config.cluster
     for name, value in _ray_settings(cluster).items():
@@ -82,6 +93,8 @@ def launch(config: RunConfig) -> dict[str, Any]:
     from nltrain.runtime.worker import train_on_worker
 
     _check_size(ray, cluster)
+    if warning := check_shared(config, sum(node["Alive"] for node in ray.nodes())):
+        print(warning, flush=True)
     if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and stop_wait_s() < STOP_WAIT_S:
         print(
             f"warning: this cluster kills a stopped job after {stop_wait_s():g} s, too soon to save a checkpoint: "
@@ -104,7 +117,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
             # A name of its own each time: Ray would otherwise resume its view of an earlier job.
             name=f"ray_train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             # Every node has to reach it; the only place of which that is certain is where the checkpoints go.
-            storage_path=join_url(_absolute(config.checkpoint.url), config.name),
+            storage_path=join_url(config.checkpoint.url, config.name),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
             callbacks=[SaveOnSigterm()],
@@ -179,12 +192,6 @@ def _check_address(address: str) -> None:
         ) from error
 
 
-def _check_places(config: RunConfig) -> None:
-    """Data and checkpoints can be reached: better told here, in one line, than by every rank."""
-    check_vocabulary(config, open_plan(config.data).vocab_size)
-    open_store(config.checkpoint.url).list(f"{config.name}/attempts/")
-
-
 def _afresh(config: RunConfig) -> RunConfig:
     """resume=never means this submission: a group that restarts within it goes on from what it has saved itself."""
     if config.checkpoint.resume != "never":
@@ -220,10 +227,6 @@ def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     if cluster.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
-
-
-def _absolute(url: str) -> str:
-    return url if "://" in url else str(Path(url).absolute())
 
 
 def _reason(config: RunConfig, trainer: Any, error: BaseException) -> str:

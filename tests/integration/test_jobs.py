@@ -55,6 +55,14 @@ def test_a_cluster_that_does_not_answer_is_named():
     assert "Traceback" not in done.stderr
 
 
+def test_a_relative_place_means_the_folder_in_which_the_command_runs():
+    done = start("jobs/hope_tiny.py", "checkpoint.url=runs/ckpt", "output=runs/x", "data.prefix=a, s3://b/c#2",
+                 RAY_ADDRESS="127.0.0.1:9")  # fmt: skip
+    assert f"in {ROOT}/runs/ckpt/hope-tiny; metrics, plots and summary in {ROOT}/runs/x" in done.stdout
+    assert f"data from {ROOT}/a,s3://b/c#2;" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("job", sorted((ROOT / "jobs").glob("*.py")))
 def test_a_job_can_be_executed_as_it_is(job):
     assert os.access(job, os.X_OK)

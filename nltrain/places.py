@@ -1,0 +1,109 @@
+"""Places: what a path or URL of a config field or a command line means, before anything is opened there.
+
+An `s3://bucket/key` means itself to the last character: `#`, `?`, `%`, spaces and double slashes are part of a key. A
+local path is made absolute where the command runs in the user's own folder; a submitted job does not, so there a
+relative path is refused with the form to write instead. Knows no storage: standard library only.
+"""
+
+import os
+import re
+from typing import NamedTuple
+from urllib.parse import unquote
+
+SUBMITTED_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray's job server sets it for the process that it starts."""
+
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)
+
+
+class PlaceError(ValueError):
+    """A path or URL that names no place of ours; the message says what to write."""
+
+
+class S3Place(NamedTuple):
+    """Where an s3:// URL points."""
+
+    bucket: str
+    prefix: str
+    """Without the slash that may end a folder's URL; empty: the bucket itself."""
+
+
+def parse_place(place: str) -> S3Place | str:
+    """The bucket and prefix of an s3:// URL, or the local path of a path or file:// URL (`~` is expanded).
+
+    Raises PlaceError for an empty place, another scheme, a missing bucket or a file URL that names a host.
+    """
+    if not place:
+        raise PlaceError("store URL is empty: give s3://bucket/prefix or a folder")
+    if "\0" in place:
+        raise PlaceError(f"{place!r}: no path or URL may hold a NUL character: leave it out")
+    match = _SCHEME.match(place)
+    if match is None:
+        return os.path.expanduser(place)
+    scheme, rest = match[1].lower(), place[match.end() :]
+    if scheme == "s3":
+        if not rest.startswith("/"):
+            raise PlaceError(f"{place}: an S3 URL has two slashes: s3://{rest}")
+        bucket, _, prefix = rest[1:].partition("/")
+        if not bucket:
+            raise PlaceError(f"{place}: no bucket: give s3://bucket/prefix")
+        return S3Place(bucket, prefix.removesuffix("/"))
+    if scheme == "file":
+        path = "/" + rest
+        if rest.startswith("/"):
+            host, _, below = rest[1:].partition("/")
+            if host not in ("", "localhost"):
+                raise PlaceError(f"{place}: a file URL has three slashes: file:///{host}/{below}")
+            path = "/" + below
+        return unquote(path)
+    raise PlaceError(f"{place}: scheme {scheme!r} is not supported: give s3://bucket/prefix or a folder")
+
+
+def is_submitted_job() -> bool:
+    """Whether this process is a job that `ray job submit` started: it runs in a folder of Ray's, not in the user's."""
+    return SUBMITTED_VARIABLE in os.environ
+
+
+def absolute_place(field: str, place: str, submitted: bool | None = None) -> str:
+    """The place that config field `field` names, in a form that means the same in every process and folder.
+
+    An s3:// URL stays as it is, an empty one too (the field is not set). A local path, also one written as file:// or
+    with `~`, becomes absolute, against the working directory. submitted: whether this is a submitted job (None: asked
+    of the environment); then a relative path is refused, for the user's folder is not known here. Raises PlaceError
+    in one line: field, value, what to write.
+    """
+    if not place:
+        return place
+    try:
+        found = parse_place(place)
+    except PlaceError as error:
+        raise PlaceError(f"{field}: {error}") from None
+    if isinstance(found, S3Place):
+        return place
+    if is_submitted_job() if submitted is None else submitted:
+        if place.startswith("~"):
+            raise PlaceError(
+                f"{field}={place!r}: the home folder of a submitted job is the cluster's, not yours: write "
+                f"{field}=$HOME{place[1:] if place[1:2] in ('', '/') else '/...'} in your shell, or an s3:// URL"
+            )
+        if not found.startswith("/"):
+            raise PlaceError(
+                f"{field}={place!r}: a relative path, but a submitted job does not run in your folder: write "
+                f"{field}=$PWD/{place.removeprefix('./')} in your shell, or an s3:// URL"
+            )
+    # What is before a `..` may be a link: then only the file system knows where it leads.
+    return os.path.realpath(found) if ".." in found.split("/") else os.path.abspath(found)
+
+
+def join_url(url: str, *names: str) -> str:
+    """The URL of a folder or object below `url`; names are taken as they are, empty ones left out."""
+    for name in names:
+        if name:
+            url = f"{url.removesuffix('/')}/{name}"
+    return url
+
+
+def shown(text: str) -> str:
+    """`text` for a message: one line that any terminal takes (control characters and broken UTF-8 are escaped)."""
+    clean = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in clean)
