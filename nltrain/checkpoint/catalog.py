@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from nltrain.checkpoint.errors import CheckpointError, CorruptCheckpointError, StaleAttemptError
+from nltrain.checkpoint.errors import CheckpointError, CorruptCheckpointError, MismatchError, StaleAttemptError
 from nltrain.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -25,7 +25,7 @@ from nltrain.checkpoint.manifest import (
     tombstone,
 )
 from nltrain.checkpoint.tree import canonical_json
-from nltrain.data.store import Store
+from nltrain.data.store import Store, StoreError, open_store
 
 log = logging.getLogger(__name__)
 _CLAIM = re.compile(r"(\d{6,})\.json")
@@ -160,6 +160,14 @@ def commit(store: Store, manifest: Manifest) -> None:
         )
 
 
+def discard_unfinished(store: Store, run: str, name: str) -> None:
+    """Remove the files of a save that failed before its manifest; what cannot be removed is logged and stays."""
+    try:
+        _delete_files(store, run, name)
+    except StoreError as error:
+        log.warning("what the failed save of %s/%s left could not be removed: %s", run, name, error)
+
+
 def to_delete(
     checkpoints: Sequence[CheckpointInfo],
     keep_last: int,
@@ -218,3 +226,16 @@ def apply_retention(
         if info.closed and info.attempt < attempt and info.num_files > 1:
             _delete_files(store, run, info.name)
     return going
+
+
+def split_resume_url(text: str) -> tuple[Store, str, int | None]:
+    """(store, run, tokens) of URL[@tokens], where URL is a run's folder. Raises MismatchError for anything else."""
+    url, at, number = text.rpartition("@")
+    if not (at and number.isdigit()):
+        url, number = text, ""
+    parent, _, run = url.rstrip("/").rpartition("/")
+    if not parent or not run:
+        raise MismatchError(
+            f"checkpoint.resume={text!r} is no URL[@tokens] of a run's folder, such as s3://b/runs/x@1000"
+        )
+    return open_store(parent), run, int(number) if number else None

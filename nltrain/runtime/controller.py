@@ -96,7 +96,8 @@ class JudgedFailures(FailurePolicy):
         if failure.kind != "capacity":
             what = "restarting" if verdict.retry else "stopping"
             print(f"{failure.text}; {verdict.why}: {what}", flush=True)
-            self.note("failure", reason=f"{failure.text} ({verdict.why})", **summary(failure))
+            reason = f"{failure.text} ({verdict.why})"
+            self.note("failure", reason=reason, final=not verdict.retry and not self.stopping, **summary(failure))
         return FailureDecision.RETRY if verdict.retry else FailureDecision.RAISE
 
     def note(self, kind: str, **values: Any) -> None:

@@ -7,6 +7,7 @@ place (PATH, PYTHONPATH, LD_LIBRARY_PATH, thread counts) is kept.
 
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,3 +69,26 @@ def print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # replaced by something that is no text file
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+
+
+def why_unreachable(address: str, timeout_s: float) -> str:
+    """Why nothing listens at a cluster's address; empty where something does, or where it names no place to try.
+
+    Ray tries for two minutes to reach a cluster that is not there; a connection tells in a moment.
+    """
+    host, separator, port = address.removeprefix("ray://").removeprefix("http://").rstrip("/").rpartition(":")
+    if not separator:
+        return ""  # "auto" and the like
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+def reach_loopback_directly() -> None:
+    """In this process: no proxy stands between it and this machine; other hosts keep theirs."""
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = [host for host in os.environ.get(name, os.environ.get("no_proxy", "")).split(",") if host.strip()]
+        if "*" not in hosts:
+            os.environ[name] = ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])

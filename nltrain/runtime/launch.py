@@ -8,7 +8,6 @@ to the job (`ray job stop`) lets the ranks save before they end.
 import contextlib
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -23,7 +22,7 @@ from nltrain.checkpoint.errors import CheckpointError
 from nltrain.config import RunConfig, describe, override, to_dict
 from nltrain.data import DataError, StoreError, join_url, open_store
 from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
-from nltrain.runtime.environment import print_anything
+from nltrain.runtime.environment import print_anything, why_unreachable
 from nltrain.runtime.preflight import (
     check_run_can_start,
     check_shared,
@@ -31,6 +30,7 @@ from nltrain.runtime.preflight import (
     settle_assignments,
     settle_config,
 )
+from nltrain.track.events import put_event
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,7 +130,9 @@ def launch(config: RunConfig) -> dict[str, Any]:
             if stop.asked.is_set():
                 print("stopped without a checkpoint of this moment: the run goes on from its newest one", flush=True)
                 return {"left": "stopped", "tokens": 0}
-            raise LaunchError(_reason(config, trainer, error)) from error
+            reason = _reason(config, trainer, error)
+            _note_end(config, trainer, reason)
+            raise LaunchError(reason) from error
     return dict(result.return_value)
 
 
@@ -180,16 +182,10 @@ def _check_size(ray: Any, cluster: ClusterConfig) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Ray tries for two minutes to reach a cluster that is not there; a connection tells in a moment."""
-    host, separator, port = address.removeprefix("ray://").removeprefix("http://").rstrip("/").rpartition(":")
-    if not separator:
-        return  # "auto" and the like name no place to try
-    try:
-        socket.create_connection((host, int(port)), timeout=ADDRESS_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
+    if why := why_unreachable(address, ADDRESS_TIMEOUT_S):
         raise LaunchError(
-            f"no Ray cluster answers at {ADDRESS_VARIABLE}={address} ({error}): check the address, or start a cluster"
-        ) from error
+            f"no Ray cluster answers at {ADDRESS_VARIABLE}={address} ({why}): check the address, or start a cluster"
+        )
 
 
 def _afresh(config: RunConfig) -> RunConfig:
@@ -227,6 +223,13 @@ def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     if cluster.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
     return environment
+
+
+def _note_end(config: RunConfig, trainer: Any, reason: str) -> None:
+    """Where no controller lived to note it: why the run has failed, for `nltrain status`."""
+    if trainer.verdict is None:
+        with contextlib.suppress(StoreError):  # best effort: the reason is also the last line of the log
+            put_event(open_store(config.checkpoint.url), config.name, "failure", "job", reason=reason, final=True)
 
 
 def _reason(config: RunConfig, trainer: Any, error: BaseException) -> str:

@@ -7,8 +7,7 @@ absolute; a submitted job runs elsewhere, so there a relative path is refused wi
 from collections.abc import Sequence
 from dataclasses import replace
 
-from nltrain.checkpoint.catalog import list_checkpoints
-from nltrain.checkpoint.checkpointer import split_resume_url
+from nltrain.checkpoint.catalog import list_checkpoints, split_resume_url
 from nltrain.checkpoint.errors import CheckpointError
 from nltrain.checkpoint.manifest import check_run
 from nltrain.config import ConfigError, RunConfig, check_vocabulary
