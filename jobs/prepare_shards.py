@@ -7,11 +7,7 @@ python jobs/prepare_shards.py input=/data/a.jsonl.gz,/data/b output=/data/tokens
 Killed and started again, it does the rest; the bytes written do not depend on the number of workers.
 """
 
-import logging
-import os
-import secrets
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 
 from nltrain.config import ConfigError, describe, override  # noqa: E402
 from nltrain.data import DataError, PrepareConfig, StoreError, prepare_files  # noqa: E402
+from nltrain.runtime.environment import EnvironmentRefusedError, print_anything  # noqa: E402
+from nltrain.runtime.own_ray import OwnRayError, own_ray  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -51,21 +49,10 @@ def on_ray(workers: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iter
     """Runs tasks on Ray; yields (position, result) as they finish."""
 
     def execute(run: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        with tempfile.TemporaryDirectory(prefix="nltrain-ray-") as folder:
-            options: dict[str, Any] = {}
-            if not os.environ.get("RAY_ADDRESS"):
-                # A token file of its own: Ray would leave one in the home folder, which later clusters then demand.
-                token = Path(folder, "token")
-                token.touch(mode=0o600)
-                token.write_text(secrets.token_hex(32))
-                os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-                options = {"num_cpus": workers, "include_dashboard": False, "_temp_dir": folder}
-                options["object_store_memory"] = 100 << 20
-            import ray  # reads its environment when it is imported
+        environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        with own_ray(workers, environment) as ray:
             from ray.exceptions import RayTaskError
 
-            environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-            ray.init(runtime_env={"env_vars": environment}, logging_level=logging.WARNING, **options)
             try:
                 remote = ray.remote(num_cpus=1)(run)
                 pending = {remote.remote(task): position for position, task in enumerate(tasks)}
@@ -74,13 +61,12 @@ def on_ray(workers: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iter
                     yield pending.pop(done[0]), ray.get(done[0])
             except RayTaskError as error:
                 raise (error.cause if isinstance(error.cause, DataError | StoreError) else error) from None
-            finally:
-                ray.shutdown()
 
     return execute
 
 
 def main() -> int:
+    print_anything()
     try:
         job = override(PrepareJob(), sys.argv[1:])
         if not job.input or not job.output:
@@ -96,7 +82,7 @@ def main() -> int:
             execute=on_ray(job.workers),
             progress=report,
         )
-    except (ConfigError, DataError, StoreError) as error:
+    except (ConfigError, DataError, StoreError, OwnRayError, EnvironmentRefusedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, split in manifest.splits.items():

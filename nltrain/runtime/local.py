@@ -14,8 +14,8 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -24,9 +24,12 @@ from nltrain.runtime.config import STOP_WAIT_S
 from nltrain.runtime.environment import own_home, without_foreign
 from nltrain.runtime.processes import Owner
 
-START_TIMEOUT_S = 90
-# Ray gives a node 30 s to come up, which a busy machine exceeds; whoever runs a cluster starts another one then.
-JOIN_ATTEMPTS = 3
+# What is still starting gets this long, said every SAY_EVERY_S: a busy machine needs minutes for what takes 5 s else.
+START_TIMEOUT_S = 900
+SAY_EVERY_S = 30.0
+START_ATTEMPTS = 3
+# `ray`, but it waits for the node as long as its raylet lives.
+RAY = (sys.executable, "-P", str(Path(__file__).with_name("patience.py")))
 # A dead raylet refuses connections and is given up after 5 s; one that is merely slow gets 10 s per check.
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "5000",
@@ -113,10 +116,22 @@ class LocalCluster:
         return self.environment | {"RAY_ADDRESS": self.job_address}
 
     def __enter__(self) -> "LocalCluster":
-        log = (self._folder / "head.log").open("wb")
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                self._start()
+                return self
+            except ClusterError as error:
+                if attempt == START_ATTEMPTS:
+                    raise
+                print(f"{error}; try {attempt + 1} of {START_ATTEMPTS}", flush=True)
+                self.port, self.dashboard_port = free_ports(2)
+        raise AssertionError("not reached")
+
+    def _start(self) -> None:
+        log = (self._folder / "head.log").open("ab")
         client, agent, agent_grpc, runtime_env, metrics = free_ports(5)
         command = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+            *RAY, "start", "--head", "--block", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", f"--port={self.port}", f"--num-cpus={self._num_cpus}", "--num-gpus=0",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}",
             f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
@@ -132,14 +147,13 @@ class LocalCluster:
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
     def add_node(self, num_cpus: int) -> "LocalNode":
         """Another raylet with `num_cpus` logical CPUs joins; returns when the cluster counts it as alive."""
-        for attempt in range(JOIN_ATTEMPTS):
+        for attempt in range(START_ATTEMPTS):
             name = f"node_{len(self.nodes) + 1}"
             node = LocalNode(self, self._folder / name, num_cpus, self._object_store_bytes, name)
             self.nodes.append(node)
@@ -147,7 +161,7 @@ class LocalCluster:
                 node.start()
             except ClusterError:
                 node.stop()
-                if attempt == JOIN_ATTEMPTS - 1:
+                if attempt == START_ATTEMPTS - 1:
                     raise
             else:
                 return node
@@ -163,25 +177,38 @@ class LocalCluster:
             path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
     def _wait_until_it_answers(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        token = (self._folder / "token").read_text()
+        token, log = (self._folder / "token").read_text(), self._folder / "head.log"
         request = urllib.request.Request(
             f"{self.job_address}/api/version", headers={"Authorization": f"Bearer {token}"}
         )
         # The cluster is on this machine: no proxy of the user's stands between.
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        while time.monotonic() < deadline:
+        for _ in _while_starting("the local Ray cluster"):
             if self._process is None or self._process.poll() is not None:
-                raise ClusterError(f"the local Ray cluster ended while starting; see {self._folder / 'head.log'}")
+                raise ClusterError(f"the local Ray cluster ended while starting ({_last_line(log)}); see {log}")
             try:
                 with direct.open(request, timeout=2):
                     return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-        raise ClusterError(
-            f"the local Ray cluster at {self.job_address} did not answer in {START_TIMEOUT_S} s; "
-            f"see {self._folder / 'head.log'}"
-        )
+            except OSError:  # URLError is one
+                continue
+        raise ClusterError(f"the local Ray cluster did not answer in {START_TIMEOUT_S} s; see {log}")
+
+
+def _while_starting(what: str) -> Iterator[None]:
+    """Steps of a wait of up to START_TIMEOUT_S, which is said every SAY_EVERY_S."""
+    began_s = said_s = time.monotonic()
+    while (now_s := time.monotonic()) - began_s < START_TIMEOUT_S:
+        if now_s - said_s > SAY_EVERY_S:
+            said_s = now_s
+            print(f"{what} is starting, {now_s - began_s:.0f} s so far: the machine is busy", flush=True)
+        yield
+        time.sleep(0.2)
+
+
+def _last_line(log: Path) -> str:
+    """What a process said last: of a traceback the line that says what it is."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it said nothing"
 
 
 class LocalNode:
@@ -198,7 +225,7 @@ class LocalNode:
     def start(self) -> None:
         agent, agent_grpc, runtime_env, metrics = free_ports(4)
         command = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", f"--address=127.0.0.1:{self._cluster.port}",
+            *RAY, "start", f"--address=127.0.0.1:{self._cluster.port}",
             "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--num-cpus={self._num_cpus}",
             "--num-gpus=0", f"--node-name={self._name}", f"--dashboard-agent-listen-port={agent}",
             f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}",
@@ -211,14 +238,12 @@ class LocalNode:
             self.process = subprocess.Popen(
                 command, env=self._cluster.environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
+        for _ in _while_starting(self._name):
             if self.process.poll() is not None:
-                raise ClusterError(f"{self._name} ended while starting; see {self._log}")
+                raise ClusterError(f"{self._name} ended while starting ({_last_line(self._log)}); see {self._log}")
             # `ray start` says so once the head counts the node as alive.
             if "Ray runtime started" in self._log.read_text(errors="replace") and self._find_raylet():
                 return
-            time.sleep(0.2)
         raise ClusterError(f"{self._name} had not joined after {START_TIMEOUT_S} s; see {self._log}")
 
     @property

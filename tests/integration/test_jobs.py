@@ -16,18 +16,18 @@ ROOT = Path(__file__).resolve().parents[2]
 def start(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=120
+        [sys.executable, *command], cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=600
     )
 
 
 @pytest.mark.parametrize(("job", "parameters"), [("hope_1p3b", 1.3e9), ("hope_760m", 0.76e9)])
-def test_a_dry_run_prints_the_plan_of_a_large_run_on_a_laptop(job, parameters):
+def test_a_dry_run_prints_the_plan_of_a_large_run_on_a_laptop(job, parameters, slowness):
     started_s = time.monotonic()
     done = start(f"jobs/{job}.py", "--dry-run")
     assert done.returncode == 0, done.stderr
     total = int(re.search(r"model: ([\d,]+) parameters", done.stdout)[1].replace(",", ""))
     assert abs(total / parameters - 1) <= 0.02
-    assert time.monotonic() - started_s < 60
+    assert time.monotonic() - started_s < 60 * slowness
     peak_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     assert peak_kib < 4 * 2**20
     for level in ("base", "fast", "mid", "slow"):
