@@ -55,6 +55,7 @@ def quick(job: RunConfig) -> list[str]:
         f"levels.levels.{level.name}.period_tokens={level.period_tokens // job.quantum_tokens * quantum}"
         for level in job.levels.levels
     ]
+    periods += [f"levels.levels.{level.name}.phase_tokens=none" for level in job.levels.levels if level.phase_tokens]
     return [
         f"levels.quantum_tokens={quantum}",
         *periods,

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 from jobs.hope_tiny import config as tiny
 from nltrain.config import ConfigError, override
+from nltrain.data import open_store
 from nltrain.data.embedded_s3 import EmbeddedS3
+from nltrain.data.manifest import read_manifest
 from nltrain.runtime import environment
 from nltrain.runtime.demo import Demo, DemoError, quick
 from nltrain.runtime.hostile import STRANGER, can_be_a_stranger, hostile, without_home
@@ -73,6 +76,27 @@ def test_a_local_cluster_inherits_no_place_of_the_users(tmp_path, monkeypatch):
         assert "RAY_ADDRESS" not in found and "RAY_API_SERVER_ADDRESS" not in found
         assert found["RAY_AUTH_TOKEN_PATH"].startswith(str(folder))
         assert Path(found["HOME"]).is_relative_to(folder)
+
+
+def test_preparing_without_a_cluster_works_there_too(tmp_path):
+    """Its own Ray, a temporary folder too deep for sockets, a user without name and home, a comma in the path."""
+    deep = tmp_path / ("d" * 100)
+    corpus = tmp_path / "a, b"
+    for folder in (deep, corpus):
+        folder.mkdir()
+    for number in range(6):
+        (corpus / f"{number}.txt").write_text(f"text number {number}, ö漢 and so on. " * 200, encoding="utf-8")
+    prefix = STRANGER if can_be_a_stranger() else ()
+    with hostile(tmp_path / "home") as (_, variables):
+        del variables["RAY_ADDRESS"]  # a cluster that is named is meant
+        done = subprocess.run(
+            [*prefix, sys.executable, "jobs/prepare_shards.py", f"input={json.dumps([str(corpus)])}",
+             f"output={tmp_path}/out", "vocab_size=300", "prepare.seq_len=64", "workers=1"],
+            cwd=ROOT, env=without_home(variables) | {"TMPDIR": str(deep)}, capture_output=True, text=True, timeout=600,
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert read_manifest(open_store(f"{tmp_path}/out")).splits["train"].num_documents > 0
+    assert list(deep.iterdir()) == []
 
 
 def test_links_for_sockets_go_where_there_is_a_writable_short_folder(tmp_path, monkeypatch):
