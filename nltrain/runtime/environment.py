@@ -15,6 +15,8 @@ from pathlib import Path
 # Each of these families can send a local run to a machine, an account or an interface that is not its own.
 FOREIGN = ("AWS_", "RAY_", "WANDB_", "GLOO_", "NCCL_", "BOTO_")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Ray asks them which cloud it is in; only this machine itself can, no proxy.
+METADATA = ("169.254.169.254", "metadata.google.internal")
 # Unix sockets need short paths, wherever TMPDIR points.
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
@@ -87,8 +89,8 @@ def why_unreachable(address: str, timeout_s: float) -> str:
 
 
 def reach_loopback_directly() -> None:
-    """In this process: no proxy stands between it and this machine; other hosts keep theirs."""
+    """In this process: no proxy stands between it and this machine; other hosts keep it."""
     for name in ("NO_PROXY", "no_proxy"):
         hosts = [host for host in os.environ.get(name, os.environ.get("no_proxy", "")).split(",") if host.strip()]
         if "*" not in hosts:
-            os.environ[name] = ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])
+            os.environ[name] = ",".join([*hosts, *(host for host in (*LOOPBACK, *METADATA) if host not in hosts)])

@@ -33,9 +33,9 @@ class Trap:
 
             def log_message(self, *_: Any) -> None: ...
 
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        # Another address of this machine than the one that local servers have: nothing local is meant for it.
+        self._server = http.server.ThreadingHTTPServer(("127.0.0.2", 0), Handler)
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        # By another name of this machine: what is told to go to 127.0.0.1 is not meant for it.
         self.url = f"http://127.0.0.2:{self._server.server_port}"
 
     def close(self) -> None:
@@ -91,7 +91,7 @@ def hostile(home: Path) -> Iterator[tuple[Trap, dict[str, str]]]:
         environment = hostile_environment(trap.url, home)
         before = sorted(home.rglob("*"))
         yield trap, environment
-        assert trap.requests == []
+        assert not trap.requests, trap.requests
         assert sorted(home.rglob("*")) == before
     finally:
         trap.close()

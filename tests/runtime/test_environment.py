@@ -5,6 +5,8 @@ import dataclasses
 import json
 import subprocess
 import sys
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from nltrain.data.embedded_s3 import EmbeddedS3
 from nltrain.data.manifest import read_manifest
 from nltrain.runtime import environment
 from nltrain.runtime.demo import Demo, DemoError, quick
-from nltrain.runtime.hostile import STRANGER, can_be_a_stranger, hostile, without_home
+from nltrain.runtime.hostile import STRANGER, Trap, can_be_a_stranger, hostile, without_home
 from nltrain.runtime.local import LocalCluster
 from nltrain.runtime.processes import Owner
 
@@ -29,6 +31,16 @@ def embedded_s3(variables: dict[str, str], *prefix: str) -> str:
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return ast.literal_eval(f'"{done.stdout.strip()}"')
+
+
+def test_the_trap_notices_who_follows_the_environment():
+    trap = Trap()
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="418"):
+            urllib.request.build_opener(urllib.request.ProxyHandler({"http": trap.url})).open("http://example.test/x")
+        assert trap.requests == ["GET http://example.test/x HTTP/1.1"]
+    finally:
+        trap.close()
 
 
 def test_the_embedded_s3_stays_here_whatever_the_environment_says(tmp_path):
