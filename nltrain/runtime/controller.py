@@ -1,4 +1,4 @@
-"""Ray Train with our own judgement: the only file that uses its private names (Ray is pinned for it).
+"""Ray Train with our own judgement: with patience.py the only file that uses its private names (Ray is pinned for it).
 
 What is ours: which failures are tried again (failures.py) and the note of each beside the checkpoints; a checkpoint
 before a resize, so that growing costs no tokens; the user's stop, which lets the ranks save; and counting only nodes

@@ -238,6 +238,8 @@ def _reason(config: RunConfig, trainer: Any, error: BaseException) -> str:
         text = str(error).strip().splitlines()
         return text[-1] if text else type(error).__name__
     failure, verdict = trainer.verdict
+    if failure.type_name == "StaleAttemptError":
+        return f"run {config.name} ended here: {failure.text}. The newer attempt goes on; give another run another name"
     if failure.traceback:
         print(failure.traceback, file=sys.stderr, flush=True)
     return (

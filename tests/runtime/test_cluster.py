@@ -151,6 +151,9 @@ def test_a_deterministic_bug_stops_the_second_time_with_its_traceback(drill, tmp
     reason = next(line for line in reversed(job.log.splitlines()) if line.startswith("error: "))
     assert "ValueError: planted at step 7 (loop.py:" in reason
     assert "the same failure 2 times in a row without progress" in reason
+    status = read_status(str(job.output))
+    assert (status["state"], status["alive"]) == ("failed", False)
+    assert "ValueError: planted at step 7" in describe_status(status).splitlines()[0]
 
 
 def planted_bug(folder: Path, statement: str) -> Path:
