@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import runpy
+import time
 from pathlib import Path
 
 import pytest
@@ -42,8 +43,6 @@ class Overtaken(Unsupervised):
         if tokens >= self._tokens and self.seen < self._tokens:
             claim_attempt(self._store, self._run)
         if tokens > self.seen >= self._tokens:
-            import time
-
             time.sleep(0.3)
         self.seen = tokens
 
@@ -63,6 +62,7 @@ def config(folder, name, **more):
             "train.total_tokens": QUANTA * QUANTUM,
             "train.validate_every_tokens": 4 * QUANTUM,
             "levels.schedule.total_tokens": QUANTA * QUANTUM,
+            "levels.schedule.kind": "cosine",
             "levels.schedule.min_lr_fraction": 0.1,
             "levels.schedule.warmup_tokens": QUANTUM,
             "cluster.max_workers": 1,
@@ -164,7 +164,8 @@ def checkpoints(folder, name):
 def lr_factors(folder, name):
     """{T in quanta: lr of the base level over its lr}."""
     ticks = [row for row in effective(read_rows(folder / name)) if row["kind"] == "tick" and row["level"] == "base"]
-    return {row["tokens"] // QUANTUM: row["lr"] / 4e-3 for row in ticks}
+    lr = config(folder, name).levels.levels[0].lr
+    return {row["tokens"] // QUANTUM: row["lr"] / lr for row in ticks}
 
 
 def test_an_output_that_can_never_be_written_is_refused(found):
