@@ -35,6 +35,7 @@ OF_RAY = re.compile(
 )
 NOISE = re.compile(r"^(Setting up process group|DeepSpeed .* built|\[.*W\d* )")
 DISK_NEEDED_BYTES = 2 * 2**30
+MAX_BAD_FRACTION = 0.1
 PREPARE_FIELDS = ("prepare.", "tokenizer")
 # The quick form: the same way of a token on less text, with a smaller quantum and fewer of them.
 QUICK_QUANTA = 32
@@ -159,6 +160,8 @@ class Demo:
             f"vocab_size={config.model.vocab_size}",
             f"tokenizer_training_bytes={(1 if self.is_quick else 4) << 20}",
             f"prepare.seq_len={config.data.seq_len}",
+            # A folder of someone's files has empty and broken ones; each that is dropped is listed.
+            *([f"prepare.max_bad_fraction={MAX_BAD_FRACTION}"] if self.corpus else []),
         ]
 
         def prepare(url: str, fraction: float) -> dict[str, int]:
