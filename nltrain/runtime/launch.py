@@ -92,15 +92,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
     from nltrain.runtime.controller import SaveOnSigterm, Trainer, stop_wait_s
     from nltrain.runtime.worker import train_on_worker
 
-    _check_size(ray, cluster)
-    if warning := check_shared(config, sum(node["Alive"] for node in ray.nodes())):
-        print(warning, flush=True)
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and stop_wait_s() < STOP_WAIT_S:
-        print(
-            f"warning: this cluster kills a stopped job after {stop_wait_s():g} s, too soon to save a checkpoint: "
-            f"set RAY_JOB_STOP_WAIT_TIME_S={STOP_WAIT_S} where `ray start` runs",
-            flush=True,
-        )
+    _warn(ray, config, stop_wait_s())
     gpus = {"GPU": 1} if cluster.device == "cuda" else {}
     trainer = Trainer(
         train_on_worker,
@@ -166,6 +158,19 @@ class _Stop:
         with contextlib.suppress(self._ray.exceptions.RayError):  # it may have ended in between
             if not self._ray.get(self._trainer.controller.stop.remote()):
                 self._ray.get(self._trainer.controller.abort.remote())
+
+
+def _warn(ray: Any, config: RunConfig, stop_wait_s: float) -> None:
+    """Say what will not stop the run from starting, and may cost the user a night."""
+    _check_size(ray, config.cluster)
+    if warning := check_shared(config, sum(node["Alive"] for node in ray.nodes())):
+        print(warning, flush=True)
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and stop_wait_s < STOP_WAIT_S:
+        print(
+            f"warning: this cluster kills a stopped job after {stop_wait_s:g} s, too soon to save a checkpoint: "
+            f"set RAY_JOB_STOP_WAIT_TIME_S={STOP_WAIT_S} where `ray start` runs",
+            flush=True,
+        )
 
 
 def _check_size(ray: Any, cluster: ClusterConfig) -> None:

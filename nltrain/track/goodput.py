@@ -67,17 +67,19 @@ def goodput(rows: list[Row]) -> dict[str, Any]:
         **{f"{name}_s": round(seconds, 2) for name, seconds in parts.items()},
         "goodput": round(parts["training"] / max(wall_s, 1e-9), 4),
         "accounted": round(min(1.0, accounted_s / max(wall_s, 1e-9)), 4),
-        "restarts": [
-            {
-                "attempt": row["attempt"],
-                "from_tokens": row["tokens"],
-                "tokens_wasted": row["tokens_lost"],
-                "workers": row["workers"],
-                "reason": row.get("reason", ""),
-            }
-            for row in attempts[1:]
-        ],
+        "restarts": [_restart(row) for row in attempts[1:]],
         "stragglers": stragglers(rows),
+    }
+
+
+def _restart(row: Row) -> dict[str, Any]:
+    """One attempt after the first: where it went on, what that cost, and why it was needed."""
+    return {
+        "attempt": row["attempt"],
+        "from_tokens": row["tokens"],
+        "tokens_wasted": row["tokens_lost"],
+        "workers": row["workers"],
+        "reason": row.get("reason", ""),
     }
 
 
