@@ -151,13 +151,28 @@ def commit(store: Store, manifest: Manifest) -> None:
     """Make the folder a checkpoint, if this attempt is alive and the folder not closed. All files must be there."""
     check_alive(store, manifest.run, manifest.attempt)
     data, key = manifest.to_bytes(), key_of(manifest.run, manifest.name)
+    try:
+        created = store.put_if_absent(key, data)
+    except StoreError:
+        _give_up(store, manifest)
+        raise
     # The answer to a create that did happen may have been lost: what is there decides.
-    if not store.put_if_absent(key, data) and store.get(key) != data:
+    if not created and store.get(key) != data:
         found = parse_manifest(store.get(key), manifest.run, manifest.name)
         why = found if isinstance(found, str) else f"it was committed before, at {found.created_s}"
         raise StaleAttemptError(
             f"{manifest.run}/{manifest.name} cannot be committed by attempt {manifest.attempt}: {why}"
         )
+
+
+def _give_up(store: Store, manifest: Manifest) -> None:
+    """After a create whose outcome is not known: close the folder, unless it is a checkpoint, and free its room."""
+    try:
+        closed = tombstone(manifest.run, manifest.name, manifest.attempt, "its manifest could not be written")
+        if store.put_if_absent(key_of(manifest.run, manifest.name), closed):
+            _delete_files(store, manifest.run, manifest.name)
+    except StoreError as error:
+        log.warning("what the failed save of %s/%s left stays: %s", manifest.run, manifest.name, error)
 
 
 def discard_unfinished(store: Store, run: str, name: str) -> None:

@@ -41,7 +41,7 @@ from nltrain.checkpoint.ranks import Ranks
 from nltrain.checkpoint.stored import StoredCheckpoint, own_path
 from nltrain.checkpoint.transfer import write_files
 from nltrain.checkpoint.tree import canonical_json, dump, sha256_of, split
-from nltrain.data.store import Store
+from nltrain.data.store import Store, StoreError
 from nltrain.fragment import Fragment
 
 log = logging.getLogger(__name__)
@@ -327,7 +327,8 @@ class Checkpointer:
             try:
                 report = {"files": self._put(job)}
             except Exception as error:  # whatever it is, the other ranks wait for this one's report
-                log.exception("rank %d could not write its part of %s", self._ranks.rank, job.name)
+                traced = not isinstance(error, StoreError)  # the store's errors say all in one line
+                log.error("rank %d wrote no part of %s: %s", self._ranks.rank, job.name, error, exc_info=traced)
                 report = {"error": f"rank {self._ranks.rank}: {type(error).__name__}: {error}"}
             reports = self._writing_ranks.gather(report)
             outcome = self._writing_ranks.from_first(lambda: self._commit(job, reports))
