@@ -104,6 +104,7 @@ def test_a_run_of_another_config_is_not_resumed_under_the_same_name(runs):
     code, text = runs[1]["changed"]
     assert code != 0
     assert "levels.levels" in text and "0.001" in text
+    assert "Traceback" not in text
 
 
 def test_the_short_form_of_the_readme_works_from_the_repository_root(runs):

@@ -208,6 +208,18 @@ def test_a_slow_store_holds_nobody_up_and_gets_the_newest_of_each_key(capsys):
     assert puts == [("a", b"1"), ("a", b"3"), ("b", b"3")]
 
 
+def test_an_attempt_that_was_overtaken_publishes_nothing_more():
+    store, newest = MemoryStore(), [True]
+    publisher = Publisher(store, lambda: newest[0])
+    publisher.offer("r/status.json", lambda: b"mine")
+    while "r/status.json" not in store.objects:
+        time.sleep(0.01)
+    newest[0] = False
+    publisher.offer("r/status.json", lambda: b"too late")
+    publisher.close()
+    assert store.objects == {"r/status.json": b"mine"}
+
+
 def snapshot(tmp_path, **values):
     level = {"next_tick_tokens": 1536, "period_tokens": 512, "done": 2, "skipped": 0, "due": 2}
     whole = {"run": "r", "state": "training", "time_s": time.time(), "tokens": 1024, "total_tokens": 4096}
