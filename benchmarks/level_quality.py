@@ -4,10 +4,11 @@
 
 Three variants on several seeds, bytes of the running Python's standard library in sequences of 1,024: `uniform` ticks
 every level at every base step, `periods` ticks them 1 : 4 : 16, `last_only` ticks like `periods` but keeps only the
-last base step's gradient of each window. A level of period p learns at sqrt(p) times
-the base's rate, as a mean of p gradients is that much less noisy: what accumulation buys. Claims: `periods` is no worse than `uniform` by more than the seeds spread, and
-`last_only` is worse than `periods`, so the accumulation is real. Runs save themselves to FOLDER and go on from there
-when started again. --quick takes a few steps of one seed to show that the runs work; it judges nothing.
+last base step's gradient of each window. A level of period p learns at sqrt(p) times the base's rate, as a mean of p
+gradients is that much less noisy: what accumulation buys. Claims: `periods` is no worse than `uniform` by more than
+the seeds spread, and `last_only` is worse than `periods`, so the accumulation is real. Runs save themselves to FOLDER
+and go on from there when started again. --quick takes a few steps of one seed to show that the runs work; it judges
+nothing.
 """
 
 import argparse

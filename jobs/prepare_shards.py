@@ -9,11 +9,7 @@ meant from where the command runs; a submitted job runs in a folder of Ray's and
 written as JSON: input='["/data/a,b"]'.
 """
 
-import logging
-import os
-import secrets
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 from nltrain.config import ConfigError, describe, override  # noqa: E402
 from nltrain.data import DataError, PrepareConfig, StoreError, prepare_files  # noqa: E402
 from nltrain.places import PlaceError, absolute_place, shown  # noqa: E402
+from nltrain.runtime.environment import EnvironmentRefusedError, print_anything  # noqa: E402
+from nltrain.runtime.own_ray import OwnRayError, own_ray  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -56,21 +54,10 @@ def on_ray(workers: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iter
     """Runs tasks on Ray; yields (position, result) as they finish."""
 
     def execute(run: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        with tempfile.TemporaryDirectory(prefix="nltrain-ray-") as folder:
-            options: dict[str, Any] = {}
-            if not os.environ.get("RAY_ADDRESS"):
-                # A token file of its own: Ray would leave one in the home folder, which later clusters then demand.
-                token = Path(folder, "token")
-                token.touch(mode=0o600)
-                token.write_text(secrets.token_hex(32))
-                os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-                options = {"num_cpus": workers, "include_dashboard": False, "_temp_dir": folder}
-                options["object_store_memory"] = 100 << 20
-            import ray  # reads its environment when it is imported
+        environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+        with own_ray(workers, environment) as ray:
             from ray.exceptions import RayError, RayTaskError
 
-            environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-            ray.init(runtime_env={"env_vars": environment}, logging_level=logging.WARNING, **options)
             try:
                 remote = ray.remote(num_cpus=1)(run)
                 pending = {remote.remote(task): position for position, task in enumerate(tasks)}
@@ -88,8 +75,6 @@ def on_ray(workers: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iter
                     f"a task ended without a result ({type(error).__name__}: {said}): start the command again, it does "
                     "the rest; if memory was short, lower workers or prepare.max_record_bytes"
                 ) from None
-            finally:
-                ray.shutdown()
 
     return execute
 
@@ -105,6 +90,7 @@ def placed(job: PrepareJob) -> PrepareJob:
 
 
 def main() -> int:
+    print_anything()
     try:
         if len([argument for argument in sys.argv[1:] if argument.startswith("input=")]) > 1:
             raise ConfigError("input=... is given more than once: write input=A,B in one (a shell makes two of {A,B})")
@@ -122,7 +108,7 @@ def main() -> int:
             execute=on_ray(job.workers),
             progress=report,
         )
-    except (ConfigError, PlaceError, DataError, StoreError) as error:
+    except (ConfigError, PlaceError, DataError, StoreError, OwnRayError, EnvironmentRefusedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     for name, split in manifest.splits.items():

@@ -1,7 +1,7 @@
 """The training loop. What each beat does stands in `run.py`; who steps when is decided in `levels/`.
 
 The way of a token: plan -> S3 range read -> tokens -> model -> loss -> backward -> each level accumulates -> the clock
-ticks -> due levels reduce, clip, step, gather -> metrics -> maybe validation, maybe checkpoint -> next.
+ticks -> due levels reduce, clip, step, gather -> metrics -> maybe checkpoint, maybe validation -> next.
 """
 
 from typing import Any
@@ -28,10 +28,10 @@ def train(config: RunConfig, supervision: Supervision | None = None) -> dict[str
                 run.count(batch, run.levels.backward(loss_sum, batch.num_targets))
             ticks = run.levels.finish_quantum()
             run.log(ticks)
+            if run.checkpoint_is_due():
+                run.save()  # first: what validation does to a run must not cost what was trained
             if run.validation_is_due():
                 run.validate()
-            if run.checkpoint_is_due():
-                run.save()
             if run.must_leave():
                 return run.leave()
         return run.finish()

@@ -7,6 +7,7 @@ at the end: another machine that takes rank 0 over finds them there, and so does
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from nltrain.track.events import read_events, reason_of
 from nltrain.track.goodput import goodput
 from nltrain.track.metrics import MetricsLog, fetch_missing, published_key, read_rows
 from nltrain.track.publisher import Publisher
-from nltrain.track.report import write_report
+from nltrain.track.report import summarise, write_report
+from nltrain.track.spared import FULL, Spared
 from nltrain.track.status import StatusBoard, read_history
 from nltrain.track.wandb_view import open_view
 
@@ -26,13 +28,15 @@ from nltrain.track.wandb_view import open_view
 class Record:
     """The written side of one rank's run; `tokens` is T at the moment of the call."""
 
-    def __init__(self, config: RunConfig, rank: int, store: Store) -> None:
-        self._config, self._store, self._writes = config, store, rank == 0
+    def __init__(self, config: RunConfig, rank: int, store: Store, may_publish: Callable[[], bool]) -> None:
+        """`may_publish()`: whether this attempt is still the newest; what a newer one has published is not touched."""
+        self._config, self._store, self._writes, self._may_publish = config, store, rank == 0, may_publish
         self.folder = Path(config.output)
         self.wandb_id = config.name.replace("/", "-")
         self._metrics: MetricsLog | None = None
         self._status: StatusBoard | None = None
         self._publisher: Publisher | None = None
+        self._spared = Spared("the run's records")
         self._view = open_view(config.track, rank, config.name, self.wandb_id, str(self.folder), to_dict(config))
 
     def begin(
@@ -41,15 +45,15 @@ class Record:
         """Open this attempt's files. Returns (tokens that are trained again, why there is another attempt)."""
         if not self._writes:
             return 0, ""
-        claim_folder(self.folder, self._config.name, self._config.checkpoint.url)
         name = self._config.name
-        fetch_missing(self._store, name, self.folder)
+        self._spared(lambda: claim_folder(self.folder, name, self._config.checkpoint.url))
+        self._spared(lambda: fetch_missing(self._store, name, self.folder))
         before = [row["tokens"] for row in read_rows(self.folder) if row["kind"] == "step"]
         history = read_history(self._store, name, MissingObjectError) if attempt > 1 else {}
         lost = max(0, max(before, default=0) - tokens, history.get("max_tokens", 0) - tokens)
         reason = self._why_again(history) if attempt > 1 else ""
         self._metrics = MetricsLog(self.folder, attempt)
-        self._publisher = Publisher(self._store)
+        self._publisher = Publisher(self._store, self._may_publish)
         self._status = StatusBoard(self.folder, self._publisher, name)
         self._status.restore(history)
         self._status.begin(
@@ -97,8 +101,9 @@ class Record:
 
     def goodput(self, tokens: int) -> None:
         """Where the time went so far, as a row of its own."""
-        if self._writes:
-            report = goodput(read_rows(self.folder))
+        rows = read_rows(self.folder) if self._writes else []
+        if _tells_of_a_run(rows):
+            report = goodput(rows)
             self.row("goodput", tokens, **{name: value for name, value in report.items() if isinstance(value, float)})
 
     def publish(self) -> None:
@@ -107,14 +112,34 @@ class Record:
             path = self._metrics.path
             self._publisher.offer(published_key(self._config.name, path), path.read_bytes)
 
+    def lacks_validation(self, tokens: int) -> bool:
+        """Whether the steps up to `tokens` are on record here, but no validation there. Rank 0 knows."""
+        rows = [row for row in read_rows(self.folder) if row.get("tokens") == tokens]
+        kinds = {row["kind"] for row in rows}
+        return self._writes and "step" in kinds and "validation" not in kinds
+
     def report(self) -> dict[str, Any] | None:
         """Write summary and plots; None on the other ranks, and where no step was ever logged."""
         if not self._writes:
             return None
-        if not any(row["kind"] == "step" for row in read_rows(self.folder)):
+        if not _tells_of_a_run(read_rows(self.folder)):
             self.say(f"no step is in the metrics of {self.folder} or of the store: no summary")
             return None
-        return write_report(self.folder)
+        summary: list[dict[str, Any]] = []
+        self._spared(lambda: summary.append(write_report(self.folder)))
+        return summary[0] if summary else summarise(read_rows(self.folder))
+
+    def note_rank(self, who: dict[str, Any]) -> None:
+        """Which process is this rank, for whoever looks at the run's folder on this machine; each rank's own note."""
+
+        def write() -> None:
+            ranks = self.folder / "ranks"
+            ranks.mkdir(parents=True, exist_ok=True)
+            partial = ranks / f".rank_{who['rank']:04d}"
+            partial.write_text(json.dumps(who | {"time_s": time.time()}))
+            partial.replace(ranks / f"rank_{who['rank']:04d}.json")
+
+        self._spared(write)
 
     def close(self, exit_code: int) -> None:
         self._view.close(exit_code)
@@ -125,17 +150,38 @@ class Record:
 
     def _why_again(self, history: dict[str, Any]) -> str:
         """What the controller or a watchdog noted since the last attempt began."""
-        since_s = max((attempt["time_s"] for attempt in history.get("attempts", [])), default=0.0)
+        since = max((attempt["attempt"] for attempt in history.get("attempts", [])), default=0)
         try:
-            return reason_of(read_events(self._store, self._config.name, since_s)) or "submitted again"
+            return reason_of(read_events(self._store, self._config.name, since)) or "submitted again"
         except StoreError as error:
             return f"reason not known ({error})"
 
 
+def _tells_of_a_run(rows: list[dict[str, Any]]) -> bool:
+    """Whether a start and a step are on record: a full disk may have cost them."""
+    return {"attempt", "step"} <= {row["kind"] for row in rows}
+
+
 def claim_folder(folder: Path, name: str, checkpoint_url: str) -> None:
-    """Make `folder` that of run `name`: rows of two runs would be told apart by nothing. Raises ConfigError."""
+    """Make `folder` that of run `name`: rows of two runs would be told apart by nothing. Raises ConfigError; OSError
+    where only room is lacking."""
     owner = folder / "run.json"
-    if owner.exists() and (other := json.loads(owner.read_text())["name"]) != name:
-        raise ConfigError(f"output={folder}: holds the run {other!r}; give {name!r} a folder of its own")
-    folder.mkdir(parents=True, exist_ok=True)
-    owner.write_text(json.dumps({"name": name, "checkpoint_url": checkpoint_url}))
+    try:
+        if owner.exists() and (other := _name_of_run(owner)) not in ("", name):
+            raise ConfigError(f"output={folder}: holds the run {other!r}; give {name!r} a folder of its own")
+        folder.mkdir(parents=True, exist_ok=True)
+        owner.write_text(json.dumps({"name": name, "checkpoint_url": checkpoint_url}))
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise ConfigError(
+            f"output={folder}: cannot be written ({error.strerror}); name a folder that rank 0 may write"
+        ) from error
+
+
+def _name_of_run(owner: Path) -> str:
+    """The run that a folder belongs to; empty where a full disk cut the note."""
+    try:
+        return str(json.loads(owner.read_text())["name"])
+    except ValueError:
+        return ""

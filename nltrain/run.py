@@ -5,7 +5,6 @@ validate and when to save; so a resumed run only has to restore T, the levels' s
 """
 
 import gc
-import json
 import math
 import os
 import random
@@ -20,14 +19,17 @@ import torch
 import torch.distributed as dist
 
 from nltrain.checkpoint.checkpointer import Checkpointer
+from nltrain.checkpoint.errors import StaleAttemptError
+from nltrain.checkpoint.fence import Fence
 from nltrain.checkpoint.load import Loaded
 from nltrain.checkpoint.manifest import checkpoint_name
 from nltrain.checkpoint.ranks import Ranks
 from nltrain.checkpoint.rng import capture_rng, restore_rng
-from nltrain.config import RunConfig, check_vocabulary, to_dict
+from nltrain.config import ConfigError, RunConfig, check_vocabulary, to_dict
 from nltrain.data import Batch, TokenStream, open_plan, open_store
 from nltrain.evaluate import Validation, sample_text, weights_sha256
 from nltrain.fragment import Fragment
+from nltrain.levels.config import ScheduleConfig
 from nltrain.levels.guard import MicroStep
 from nltrain.levels.quantum import cut_quantum
 from nltrain.levels.scheduler import LevelScheduler, Tick
@@ -74,7 +76,14 @@ MAY_CHANGE = (
     "levels.levels.*.offload",
     "levels.bucket_elements",
     "levels.prefetch_elements",
+    # What these do to the learning rates is said, or refused, where the schedule is compared.
+    "levels.schedule.extension",
+    "levels.schedule.extends_tokens",
 )
+# And these where checkpoint.other_data allows it.
+OF_THE_DATA = ("data.seed", "data.weights", "data.window_shards", "data.split")
+# Longest wait for the save in flight when a run fails; ranks that are gone make it end at once.
+LAST_SAVE_S = 30.0
 
 
 # Of the time until a kill, what is kept for the rest: gathering, the commit, the last rows.
@@ -99,6 +108,7 @@ class Run:
         self.checkpoints = Checkpointer(self._store, config.name, attempt=None, config=config.checkpoint)
         self.attempt = self.checkpoints.attempt
         self._ranks = Ranks(config.cluster.process_group_timeout_s)
+        self._fence = Fence(self._store, config.name, self.attempt) if self.rank == 0 else None
         torch.manual_seed(config.train.seed)
         self.model = build(config.model).to(self.device)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
@@ -115,8 +125,9 @@ class Run:
         self._logged_at = 0
         self._ticked: Counter[str] = Counter()
         self._wish = Wish.GO_ON
+        self._changes: list[str] = []
         self._quanta_done = 0
-        self.record = Record(config, self.rank, self._store)
+        self.record = Record(config, self.rank, self._store, lambda: not (self._fence and self._fence.stale))
         # What is imported and built by now lasts as long as the run: no garbage collection, ours or DeepSpeed's, has to
         # look at its million objects again (0.3 s each time, on a random rank at a random step).
         gc.freeze()
@@ -127,6 +138,10 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._stream:
             self._stream.close()
+        if kind is not None:
+            self.checkpoints.settle(LAST_SAVE_S)  # what was trained and copied may still be committed
+        if self._fence:
+            self._fence.close()
         self.record.close(exit_code=0 if kind is None else 1)
         self.levels.close()
         gc.unfreeze()
@@ -135,7 +150,8 @@ class Run:
 
     def resume(self) -> None:
         """Go on from the newest sound checkpoint of this run, or start afresh; says which."""
-        loaded = self.checkpoints.resume(self._fragments_saved_with, to_dict(self.config), MAY_CHANGE)
+        may_change = MAY_CHANGE + (OF_THE_DATA if self.config.checkpoint.other_data else ())
+        loaded = self.checkpoints.resume(self._fragments_saved_with, to_dict(self.config), may_change)
         if loaded:
             self._restore(loaded)
         else:
@@ -143,6 +159,13 @@ class Run:
         self._logged_at = self.tokens
         self._announce(loaded)
         self._stream = TokenStream(self.config.data, self.plan, self._my_samples())
+        # The attempt before saved this moment and ended before it had validated.
+        if (
+            loaded
+            and self.validation_is_due()
+            and self._ranks.from_first(lambda: self.record.lacks_validation(self.tokens))
+        ):
+            self.validate()
 
     def quanta(self) -> Iterator[int]:
         """The quanta still to train, by number."""
@@ -230,7 +253,7 @@ class Run:
         with self.meter.paused():
             state = {
                 "config": to_dict(self.config),
-                "dataset_fingerprint": "-".join(dataset.fingerprint for dataset in self.plan.datasets),
+                "dataset_fingerprint": self._fingerprint(),
                 "data": self.plan.state(self.tokens // self.config.data.seq_len),
                 "levels": self.levels.state_dict(),
                 "wandb_id": self.record.wandb_id,
@@ -245,8 +268,15 @@ class Run:
         return started
 
     def must_leave(self) -> bool:
-        """Whether any rank was told to leave: preemption, a resize, the user's stop. Collective, off the device."""
-        self._wish = Wish(max(row[0] for row in self._ranks.gather_ints([int(self._supervision.wish())])))
+        """Whether any rank was told to leave: preemption, a resize, the user's stop. Collective, off the device.
+
+        Raises StaleAttemptError on every rank once rank 0 has seen that a newer attempt of the run has begun.
+        """
+        stale = self._fence.stale if self._fence else ""
+        told = self._ranks.gather_ints([int(self._supervision.wish()), bool(stale)])
+        if any(row[1] for row in told):
+            raise StaleAttemptError(stale or f"attempt {self.attempt} of run {self.config.name} is stale; it must stop")
+        self._wish = Wish(max(row[0] for row in told))
         return self._wish != Wish.GO_ON
 
     def leave(self) -> dict[str, Any]:
@@ -305,11 +335,52 @@ class Run:
                 yield range(first + step[self.rank].start, first + step[self.rank].stop)
 
     def _fragments_saved_with(self, state: dict[str, Any]) -> dict[str, Fragment]:
-        self.plan.restore(state["data"])
+        self.plan.restore(state["data"], self.config.checkpoint.other_data)
+        self._changes = [*self._compare_data(state), *self._compare_schedules(state)]
         self.levels.prepare_to_load(state["levels"])
         return self.levels.fragments()
 
+    def _compare_data(self, state: dict[str, Any]) -> list[str]:
+        """One line where the data are others than those of `state`."""
+        before, now = state["dataset_fingerprint"], self._fingerprint()
+        order = {name: (state["data"][name], getattr(self.config.data, name)) for name in ("seed", "window_shards")}
+        words = [f"data.{name} {then} -> {here}" for name, (then, here) in order.items() if then != here]
+        if before != now:
+            urls = ", ".join(dataset["url"] for dataset in state["data"]["datasets"])
+            words.insert(0, f"dataset {urls} ({before[:12]}) -> {self.config.data.prefix} ({now[:12]})")
+        return [f"other data from {state['levels']['tokens']:,} tokens on: {', '.join(words)}"] if words else []
+
+    def _compare_schedules(self, state: dict[str, Any]) -> list[str]:
+        """One line where the learning rates go on otherwise than the run of `state` would have; may refuse."""
+        now, tokens = self.config.levels.schedule, state["levels"]["tokens"]
+        stored = ScheduleConfig(**state["config"]["levels"]["schedule"])
+        if stored == now:
+            return []
+        if (factors := now.change_at(tokens, stored)) is None:
+            same = f"the lr factor, {now.factor(tokens):.4g} here, goes on as before"
+            return [f"levels.schedule at {tokens:,} tokens: {same} (extension={now.extension})"]
+        end = (
+            ""
+            if now.kind == "constant"
+            else f", then {now.kind} to {now.min_lr_fraction:g} at {now.total_tokens:,} tokens"
+        )
+        line = (
+            f"levels.schedule at {tokens:,} tokens: the lr factor was {factors[0]:.4g} and now is {factors[1]:.4g}"
+            f"{'' if now.extension == 'flat' else end} (extension={now.extension})"
+        )
+        if now.extension == "refuse":
+            raise ConfigError(
+                f"{line}: set levels.schedule.extension=follow to take it, rewarm or flat with "
+                f"levels.schedule.extends_tokens={stored.total_tokens}, or the schedule back"
+            )
+        return [line]
+
+    def _fingerprint(self) -> str:
+        return "-".join(dataset.fingerprint for dataset in self.plan.datasets)
+
     def _restore(self, loaded: Loaded) -> None:
+        for change in self._changes:
+            self.checkpoints.note_in_lineage(change)
         own = [loaded.rank_state] if loaded.same_world_size else []
         if not loaded.same_world_size:
             saved_by = range(self.rank, loaded.manifest.world_size, self.world_size)
@@ -323,12 +394,8 @@ class Run:
 
     def _announce(self, loaded: Loaded | None) -> None:
         """Note this attempt: who takes part, where it starts, and what an earlier one had done beyond that point."""
-        ranks = self.record.folder / "ranks"
-        ranks.mkdir(parents=True, exist_ok=True)
         who = {"rank": self.rank, "pid": os.getpid(), "host": socket.gethostname(), "attempt": self.attempt}
-        partial = ranks / f".rank_{self.rank:04d}"
-        partial.write_text(json.dumps(who | {"time_s": time.time()}))
-        partial.replace(ranks / f"rank_{self.rank:04d}.json")
+        self.record.note_rank(who)
         lost, reason = self.record.begin(
             self.attempt, self.world_size, self.tokens, loaded.name if loaded else None, self._supervision.started_s
         )
@@ -340,6 +407,8 @@ class Run:
             )
         else:
             self.record.say(f"attempt {self.attempt}: a new run with {self.world_size} workers")
+        for change in self._changes:
+            self.record.say(change)
         for row in self.levels.describe():
             self.record.say(
                 f"level {row['name']}: {row['num_parameters']:,} parameters, every {row['period_tokens']:,} tokens "

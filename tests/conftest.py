@@ -2,7 +2,9 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
+import time
 from multiprocessing import forkserver
 from typing import Any
 
@@ -46,3 +48,15 @@ def pytest_collection_finish() -> None:
     """Where ranks will be forked: start what forks them now, outside the environment of any test's cluster."""
     if "tests.forked" in sys.modules:
         forkserver.ensure_running()
+
+
+# On two quiet cores; what takes longer measures how busy the machine is.
+QUIET_IMPORT_S = 3.0
+
+
+@pytest.fixture(scope="session")
+def slowness() -> float:
+    """How many times longer a program takes to start here and now than on a quiet machine; 1 at least."""
+    started_s = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch, ray"], check=True)
+    return max(1.0, (time.monotonic() - started_s) / QUIET_IMPORT_S)

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from nltrain.checkpoint.errors import CheckpointError, CorruptCheckpointError, StaleAttemptError
+from nltrain.checkpoint.errors import CheckpointError, CorruptCheckpointError, MismatchError, StaleAttemptError
 from nltrain.checkpoint.manifest import (
     MANIFEST,
     Manifest,
@@ -26,7 +26,7 @@ from nltrain.checkpoint.manifest import (
 )
 from nltrain.checkpoint.tree import canonical_json
 from nltrain.data.probe import check_atomic_create
-from nltrain.data.store import Store
+from nltrain.data.store import Store, StoreError, open_store
 
 log = logging.getLogger(__name__)
 _CLAIM = re.compile(r"(\d{6,})\.json")
@@ -154,13 +154,36 @@ def commit(store: Store, manifest: Manifest) -> None:
     """Make the folder a checkpoint, if this attempt is alive and the folder not closed. All files must be there."""
     check_alive(store, manifest.run, manifest.attempt)
     data, key = manifest.to_bytes(), key_of(manifest.run, manifest.name)
+    try:
+        created = store.put_if_absent(key, data)
+    except StoreError:
+        _give_up(store, manifest)
+        raise
     # The answer to a create that did happen may have been lost: what is there decides.
-    if not store.put_if_absent(key, data) and store.get(key) != data:
+    if not created and store.get(key) != data:
         found = parse_manifest(store.get(key), manifest.run, manifest.name)
         why = found if isinstance(found, str) else f"it was committed before, at {found.created_s}"
         raise StaleAttemptError(
             f"{manifest.run}/{manifest.name} cannot be committed by attempt {manifest.attempt}: {why}"
         )
+
+
+def _give_up(store: Store, manifest: Manifest) -> None:
+    """After a create whose outcome is not known: close the folder, unless it is a checkpoint, and free its room."""
+    try:
+        closed = tombstone(manifest.run, manifest.name, manifest.attempt, "its manifest could not be written")
+        if store.put_if_absent(key_of(manifest.run, manifest.name), closed):
+            _delete_files(store, manifest.run, manifest.name)
+    except StoreError as error:
+        log.warning("what the failed save of %s/%s left stays: %s", manifest.run, manifest.name, error)
+
+
+def discard_unfinished(store: Store, run: str, name: str) -> None:
+    """Remove the files of a save that failed before its manifest; what cannot be removed is logged and stays."""
+    try:
+        _delete_files(store, run, name)
+    except StoreError as error:
+        log.warning("what the failed save of %s/%s left could not be removed: %s", run, name, error)
 
 
 def to_delete(
@@ -219,3 +242,16 @@ def apply_retention(
         if info.closed and info.attempt < attempt and info.num_files > 1:
             _delete_files(store, run, info.name)
     return going
+
+
+def split_resume_url(text: str) -> tuple[Store, str, int | None]:
+    """(store, run, tokens) of URL[@tokens], where URL is a run's folder. Raises MismatchError for anything else."""
+    url, at, number = text.rpartition("@")
+    if not (at and number.isdigit()):
+        url, number = text, ""
+    parent, _, run = url.rstrip("/").rpartition("/")
+    if not parent or not run:
+        raise MismatchError(
+            f"checkpoint.resume={text!r} is no URL[@tokens] of a run's folder, such as s3://b/runs/x@1000"
+        )
+    return open_store(parent), run, int(number) if number else None

@@ -3,7 +3,7 @@
 A save copies this rank's share to host memory, then a thread writes it while training goes on; the folder becomes a
 checkpoint when rank 0 creates its manifest, after all ranks have written. At most one save is in flight. A failed one
 is logged at once and told again at the next call; training ends after `max_failures` in a row, or when a newer attempt
-of the run has begun. All methods but `poll` are collective: call them on every rank in the same order.
+of the run has begun. All methods but `poll` and `settle` are collective: call them on every rank in the same order.
 """
 
 import logging
@@ -11,10 +11,19 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
-from nltrain.checkpoint.catalog import CheckpointInfo, apply_retention, claim_attempt, commit, list_checkpoints
-from nltrain.checkpoint.compare import check_config
+from nltrain.checkpoint.catalog import (
+    CheckpointInfo,
+    apply_retention,
+    claim_attempt,
+    commit,
+    discard_unfinished,
+    list_checkpoints,
+    split_resume_url,
+)
+from nltrain.checkpoint.compare import check_state
 from nltrain.checkpoint.config import CheckpointConfig
 from nltrain.checkpoint.environment import environment
 from nltrain.checkpoint.errors import (
@@ -32,7 +41,7 @@ from nltrain.checkpoint.ranks import Ranks
 from nltrain.checkpoint.stored import StoredCheckpoint, own_path
 from nltrain.checkpoint.transfer import write_files
 from nltrain.checkpoint.tree import canonical_json, dump, sha256_of, split
-from nltrain.data.store import Store, open_store
+from nltrain.data.store import Store, StoreError
 from nltrain.fragment import Fragment
 
 log = logging.getLogger(__name__)
@@ -68,6 +77,7 @@ class _Job(NamedTuple):
     own_json: bytes
     stall_seconds: float
     retain: bool
+    make_room: bool  # the same on all ranks
 
 
 class _Plan(NamedTuple):
@@ -185,12 +195,18 @@ class Checkpointer:
         config_hash = sha256_of(state["config"]) if "config" in state else ""
         fingerprint = str(state.get("dataset_fingerprint", ""))
         self._last_save_s = time.monotonic()
-        job = _Job(name, tokens, data, config_hash, fingerprint, own, own_json, self._last_save_s - began, retain)
+        make_room = self.config.when_full == "make_room" and any(row[3] for row in rows)
+        stall_s = self._last_save_s - began
+        job = _Job(name, tokens, data, config_hash, fingerprint, own, own_json, stall_s, retain, make_room)
         self._thread = threading.Thread(target=self._write, args=(job,), name=f"save-{tokens}", daemon=True)
         self._thread.start()
         if not self.config.asynchronous:
             self._join()
         return True
+
+    def note_in_lineage(self, change: str) -> None:
+        """Keep with every later manifest that the run went on with `change` after it was loaded."""
+        self._lineage[-1]["changes"].append(change)
 
     def wait(self) -> None:
         """Until the save in flight has ended; raises SaveFailedError or StaleAttemptError if the last one failed."""
@@ -200,6 +216,11 @@ class Checkpointer:
         if failed is not None:
             raise SaveFailedError(failed.error)
 
+    def settle(self, timeout_s: float) -> None:
+        """Give the save in flight up to `timeout_s` to end, on the way out of a run that failed. Not collective."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+
     def poll(self) -> list[SaveResult]:
         """The saves that ended since the last call, for the metrics."""
         found, self._results = self._results, []
@@ -207,8 +228,7 @@ class Checkpointer:
 
     def newest_complete(self) -> CheckpointInfo | None:
         """The newest checkpoint of this run whose manifest is sound and whose files have their sizes."""
-        complete = [info for info in self._list(self.store, self.run) if info.complete]
-        return complete[-1] if complete else None
+        return next((info for info in reversed(self._list(self.store, self.run)) if info.complete), None)
 
     def load(self, checkpoint: CheckpointInfo | str, fragments: Fragments, may_be_unused: Iterable[str] = ()) -> Loaded:
         """Fill the fragments in place from a checkpoint of this run; see load.load for what is refused."""
@@ -232,13 +252,11 @@ class Checkpointer:
         if self.config.resume == "never":
             return None
         store, run, tokens = self.store, self.run, None
-        by_hand = None if self.config.resume == "auto" else self.config.resume
+        by_hand = self.config.resume if self.config.resume != "auto" else None
         found = [info for info in self._list(store, run) if info.attempt > self.config.ignore_attempts_up_to]
         if by_hand and not self._went_on_from(by_hand, found):
             store, run, tokens = split_resume_url(by_hand)
-            found = self._list(store, run)
-            if tokens is not None:
-                found = [info for info in found if info.tokens == tokens]
+            found = [info for info in self._list(store, run) if tokens in (None, info.tokens)]
             if not found:
                 raise MismatchError(f"checkpoint.resume={by_hand!r}: no such checkpoint; list them with `nltrain list`")
         patterns = (*may_change, *self.config.may_change)
@@ -294,7 +312,7 @@ class Checkpointer:
     ) -> Loaded:
         self._join()
         stored = together(self._ranks, lambda: StoredCheckpoint(store, run, name, self.config.num_threads))
-        changes = together(self._ranks, lambda: _compare(stored, config, may_change))
+        changes = together(self._ranks, lambda: check_state(stored.state, config, may_change))
         for change in changes:
             self._say(f"resuming with another {change}", logging.WARNING)
         wanted = fragments(stored.state) if callable(fragments) else fragments
@@ -307,12 +325,15 @@ class Checkpointer:
     def _write(self, job: _Job) -> None:
         began = time.monotonic()
         outcome: dict[str, Any]
+        report: dict[str, Any]
         try:
-            report: dict[str, Any]
+            if job.make_room:
+                self._writing_ranks.from_first(self._make_room)
             try:
                 report = {"files": self._put(job)}
             except Exception as error:  # whatever it is, the other ranks wait for this one's report
-                log.exception("rank %d could not write its part of %s", self._ranks.rank, job.name)
+                traced = not isinstance(error, StoreError)  # the store's errors say all in one line
+                log.error("rank %d wrote no part of %s: %s", self._ranks.rank, job.name, error, exc_info=traced)
                 report = {"error": f"rank {self._ranks.rank}: {type(error).__name__}: {error}"}
             reports = self._writing_ranks.gather(report)
             outcome = self._writing_ranks.from_first(lambda: self._commit(job, reports))
@@ -341,7 +362,7 @@ class Checkpointer:
         files: list[tuple[str, str, Any]] = []
         for source in (staging, job.own):
             for index, part in enumerate(source.parts):
-                files.append((self._key(job, part.path), part.path, _reader(source, index)))
+                files.append((self._key(job, part.path), part.path, partial(source.data, index)))
         files.append((self._key(job, own_path(rank)), own_path(rank), lambda: job.own_json))
         if rank == 0:
             files.append((self._key(job, LAYOUT), LAYOUT, lambda: self._layout))
@@ -350,6 +371,8 @@ class Checkpointer:
 
     def _commit(self, job: _Job, reports: list[dict[str, Any]]) -> dict[str, Any]:
         if failed := [report["error"] for report in reports if "error" in report]:
+            # No rank writes any more: what they wrote would only take the room of the next save.
+            discard_unfinished(self.store, self.run, job.name)
             return {"error": "; ".join(failed)}
         manifest = Manifest(
             run=self.run,
@@ -375,11 +398,19 @@ class Checkpointer:
         if not job.retain:
             return {"bytes": manifest.num_bytes, "deleted": deleted}
         try:
-            keep_last, keep_every = self.config.keep_last, self.config.keep_every_tokens
-            deleted = apply_retention(self.store, self.run, self.attempt, keep_last, keep_every, self._refused)
+            deleted = self._retain(self.config.keep_last)
         except Exception:  # the checkpoint stands; what was not deleted now is deleted after the next save
             log.exception("old checkpoints of %s could not be deleted", self.run)
         return {"bytes": manifest.num_bytes, "deleted": deleted}
+
+    def _make_room(self) -> None:
+        """After a failed save: the newest checkpoint alone stays, before the next one is written."""
+        if gone := self._retain(1):
+            self._say(f"the last save failed: room made by deleting {', '.join(gone)} (checkpoint.when_full=make_room)")
+
+    def _retain(self, keep_last: int) -> list[str]:
+        every = self.config.keep_every_tokens
+        return apply_retention(self.store, self.run, self.attempt, keep_last, every, self._refused)
 
     def _parts(self, rank: int, pieces: Sequence[Piece], weights: set[str]) -> list[Part]:
         """Weights in files of their own, so that evaluation and export need not read the optimizer."""
@@ -424,27 +455,3 @@ class Checkpointer:
 def _digest(value: Any) -> int:
     """60 bits of the hash: enough to compare ranks."""
     return int(sha256_of(value)[:15], 16)
-
-
-def _reader(source: Staging, index: int) -> Any:
-    return lambda: source.data(index)
-
-
-def _compare(stored: StoredCheckpoint, config: Mapping[str, Any] | None, may_change: Sequence[str]) -> list:
-    state = stored.state
-    if config is None or not isinstance(state, dict) or "config" not in state:
-        return []
-    return check_config(state["config"], config, may_change)
-
-
-def split_resume_url(text: str) -> tuple[Store, str, int | None]:
-    """(store, run, tokens) of URL[@tokens], where URL is a run's folder. Raises MismatchError for anything else."""
-    url, at, number = text.rpartition("@")
-    if not (at and number.isdigit()):
-        url, number = text, ""
-    parent, _, run = url.rstrip("/").rpartition("/")
-    if not parent or not run:
-        raise MismatchError(
-            f"checkpoint.resume={text!r} is no URL[@tokens] of a run's folder, such as s3://b/runs/x@1000"
-        )
-    return open_store(parent), run, int(number) if number else None

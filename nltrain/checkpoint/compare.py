@@ -65,3 +65,10 @@ def check_config(
             + ". Restore these values, name the fields in checkpoint.may_change, or start a new run"
         )
     return allowed
+
+
+def check_state(state: Any, config: Mapping[str, Any] | None, may_change: Iterable[str]) -> list[Difference]:
+    """`check_config` with the config in a stored state; nothing to compare where one of them has none."""
+    if config is None or not isinstance(state, dict) or "config" not in state:
+        return []
+    return check_config(state["config"], config, may_change)

@@ -29,6 +29,10 @@ class CheckpointConfig:
     """Training waits only for the copy to host memory; False: it waits for the commit."""
     when_busy: str = "wait"
     """A save that comes while one is in flight: wait for it, or skip the new one with a message."""
+    when_full: str = "fail"
+    """After a failed save: fail (try the next one as it is), or make_room (first delete all but the newest one)."""
+    other_data: bool = False
+    """Go on with other data than the checkpoint's (dataset, data.seed, weights, ...); noted in the lineage."""
     max_failures: int = 3
     """Failed saves in a row after which the run stops; each one before is logged as an error."""
     max_file_bytes: int = 64 << 20
@@ -51,7 +55,11 @@ class CheckpointConfig:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"checkpoint.{name}={getattr(self, name)} is too small: give {least} or more")
-        for name, choices in (("verify", ("hashes", "sizes")), ("when_busy", ("wait", "skip"))):
+        for name, choices in (
+            ("verify", ("hashes", "sizes")),
+            ("when_busy", ("wait", "skip")),
+            ("when_full", ("fail", "make_room")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"checkpoint.{name}={getattr(self, name)!r} is unknown: choose {' or '.join(choices)}")
         if not _MIN_FILE_BYTES <= self.max_file_bytes <= _MAX_FILE_BYTES:

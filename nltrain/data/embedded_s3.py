@@ -19,6 +19,7 @@ from nltrain.data.store import S3Store
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 5.0
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 class EmbeddedS3Error(Exception):
@@ -31,8 +32,12 @@ class EmbeddedS3:
     def __init__(self, bucket: str | None = None):
         """Starts the server and makes `bucket` when one is named."""
         self.folder = tempfile.mkdtemp(prefix="nltrain-s3-")
+        # A configuration of its own: the user's profiles, endpoints and credentials stay out of it.
+        self._config_file = os.path.join(self.folder, "aws-config")
+        with open(self._config_file, "w", encoding="utf-8") as file:
+            file.write("[default]\nregion = us-east-1\n")
         # moto spools objects to TMPDIR and warns of nothing when that fills: give it a folder that we remove.
-        environment = os.environ | {"TMPDIR": self.folder}
+        environment = os.environ | self._account() | {"TMPDIR": self.folder, "PYTHONUTF8": "1"}
         command = [sys.executable, "-m", "nltrain.data.embedded_s3"]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, start_new_session=True
@@ -52,20 +57,40 @@ class EmbeddedS3:
             S3Store(f"s3://{bucket}", attempts=3, timeout_s=START_TIMEOUT_S, backoff_s=0.1).create_bucket()
 
     def environment(self) -> dict[str, str]:
-        """The variables that send boto3 here; for os.environ and child processes."""
-        return {
+        """The variables that send S3 clients here, whatever else the environment says; for child processes."""
+        return self._account() | {
             "AWS_ENDPOINT_URL": self.endpoint_url,
+            # The one of the service comes before the general one; Arrow takes an empty one for AWS itself.
+            "AWS_ENDPOINT_URL_S3": self.endpoint_url,
+            "NO_PROXY": _with_loopback("NO_PROXY"),
+            "no_proxy": _with_loopback("no_proxy"),
+        }
+
+    def _account(self) -> dict[str, str]:
+        """Each variable of the AWS chain that a user may have set to something that cannot be or must not be used."""
+        return {
             "AWS_ACCESS_KEY_ID": "embedded",
             "AWS_SECRET_ACCESS_KEY": "embedded",
+            "AWS_SESSION_TOKEN": "",
+            "AWS_SECURITY_TOKEN": "",
             "AWS_REGION": "us-east-1",
             "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_PROFILE": "default",
+            "AWS_DEFAULT_PROFILE": "default",
+            "AWS_CONFIG_FILE": self._config_file,
+            "AWS_SHARED_CREDENTIALS_FILE": self._config_file,
+            "AWS_IGNORE_CONFIGURED_ENDPOINT_URLS": "false",
+            "AWS_USE_FIPS_ENDPOINT": "false",
+            "AWS_USE_DUALSTACK_ENDPOINT": "false",
         }
 
     @contextlib.contextmanager
     def in_environment(self) -> Iterator[Self]:
         """os.environ points here inside the with block, and is as before after it."""
-        before = {name: os.environ.get(name) for name in self.environment()}
-        os.environ.update(self.environment())
+        added = self.environment()
+        before = {name: os.environ.get(name) for name in added}
+        os.environ.update(added)
+        del os.environ["AWS_ENDPOINT_URL_S3"]  # here the general one suffices, and can be replaced by itself
         try:
             yield self
         finally:
@@ -109,6 +134,15 @@ class EmbeddedS3:
                 "(pip install -e '.[dev]') and see its message above"
             )
         return int(line)
+
+
+def _with_loopback(variable: str) -> str:
+    """The hosts that are reached without a proxy: those of the user, and this machine."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = [host.strip() for host in (os.environ.get(variable) or named).split(",") if host.strip()]
+    if "*" in hosts:
+        return "*"
+    return ",".join([*hosts, *(host for host in LOOPBACK if host not in hosts)])
 
 
 def serve() -> None:

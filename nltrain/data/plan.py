@@ -133,19 +133,19 @@ class SamplePlan:
                 if here[name] != state[name]:
                     raise DataError(
                         f"data.{name}: {here[name]}, but the state was saved with {state[name]}: the order of samples "
-                        f"would change; set it back, or allow other data on purpose"
+                        f"would change; set it back, or set checkpoint.other_data=true"
                     )
             if len(here["datasets"]) != len(state["datasets"]):
                 raise DataError(
                     f"data.prefix: {len(here['datasets'])} datasets, but the state was saved with "
-                    f"{len(state['datasets'])}: name the same ones, or allow other data on purpose"
+                    f"{len(state['datasets'])}: name the same ones, or set checkpoint.other_data=true"
                 )
             for now, then in zip(here["datasets"], state["datasets"], strict=True):
                 for name in ("fingerprint", "split", "weight"):
                     if now[name] != then[name]:
                         raise DataError(
                             f"{now['url']}: {name} {now[name]}, but the state was saved with {then[name]} "
-                            f"({then['url']}): point data.prefix at that dataset, or allow other data on purpose"
+                            f"({then['url']}): point data.prefix at that dataset, or set checkpoint.other_data=true"
                         )
         return int(state["samples"])
 

@@ -14,6 +14,7 @@ VECTORS = "vectors"
 """As a member of no_decay: every parameter of fewer than two dimensions."""
 NO_DECAY = (VECTORS, "*bias", "*norm.*", "*conv.*", "*memories.*")
 """What is not decayed by default: vectors and scalars, biases of any shape, norms, convolutions, memories."""
+EXTENSIONS = ("follow", "rewarm", "flat", "refuse")
 
 
 class LevelsError(ValueError):
@@ -39,6 +40,11 @@ class ScheduleConfig:
     """factor at and after total_tokens, in [0, 1]"""
     decay_fraction: float = 0.2
     """wsd only: the last part of total_tokens over which the factor decays, in (0, 1]"""
+    extension: str = "follow"
+    """of a run resumed with another schedule: follow (take the new curve at once, with a line), refuse, or from
+    extends_tokens on: rewarm (rise to 1 over warmup_tokens, then decay to total_tokens), flat (stay where it ended)"""
+    extends_tokens: int = 0
+    """rewarm and flat: T at which the schedule before ended (its total_tokens); up to there it holds. 0: none"""
 
     def __post_init__(self) -> None:
         where = "ScheduleConfig"
@@ -46,6 +52,19 @@ class ScheduleConfig:
         _require(self.warmup_tokens >= 0, where, "warmup_tokens", self.warmup_tokens, "must be >= 0")
         _require(0 <= self.min_lr_fraction <= 1, where, "min_lr_fraction", self.min_lr_fraction, "must be in [0, 1]")
         _require(0 < self.decay_fraction <= 1, where, "decay_fraction", self.decay_fraction, "must be in (0, 1]")
+        _require(self.extension in EXTENSIONS, where, "extension", self.extension, f"one of {', '.join(EXTENSIONS)}")
+        extended = self.extension in ("rewarm", "flat")
+        _require(
+            self.extends_tokens > self.warmup_tokens if extended else self.extends_tokens >= 0,
+            where,
+            "extends_tokens",
+            self.extends_tokens,
+            f"extension={self.extension} needs the total_tokens with which the schedule before ended",
+        )
+        if extended and self.kind != "constant":
+            least = self.extends_tokens + self.warmup_tokens
+            remedy = f"must be above extends_tokens + warmup_tokens = {least}: train longer, or lower warmup_tokens"
+            _require(self.total_tokens > least, where, "total_tokens", self.total_tokens, remedy)
         if self.kind != "constant":
             _require(
                 self.total_tokens > self.warmup_tokens,
@@ -57,16 +76,37 @@ class ScheduleConfig:
 
     def factor(self, tokens: int) -> float:
         """Multiplier of every level's lr for an update made at T = `tokens`."""
-        if tokens < self.warmup_tokens:
-            return tokens / self.warmup_tokens
+        ended = self.extends_tokens
+        if self.extension not in ("rewarm", "flat") or self.kind == "constant":
+            return self._curve(tokens, 0, self.total_tokens, 0.0)
+        if tokens <= ended or self.extension == "flat":
+            return self._curve(min(tokens, ended), 0, ended, 0.0)
+        return self._curve(tokens, ended, self.total_tokens, self._curve(ended, 0, ended, 0.0))
+
+    def _curve(self, tokens: int, begin: int, end: int, low: float) -> float:
+        """The shape between T = `begin`, where it rises from `low`, and T = `end`."""
+        start = begin + self.warmup_tokens
+        if tokens < start:
+            return low + (1 - low) * (tokens - begin) / self.warmup_tokens
         if self.kind == "constant":
             return 1.0
-        start = self.warmup_tokens
         if self.kind == "wsd":
-            start = max(start, round(self.total_tokens * (1 - self.decay_fraction)))
-        progress = min(1.0, max(0.0, (tokens - start) / max(1, self.total_tokens - start)))
+            start = max(start, begin + round((end - begin) * (1 - self.decay_fraction)))
+        progress = min(1.0, max(0.0, (tokens - start) / max(1, end - start)))
         shape = 0.5 * (1 + math.cos(math.pi * progress)) if self.kind == "cosine" else 1.0 - progress
         return self.min_lr_fraction + (1 - self.min_lr_fraction) * shape
+
+    def change_at(self, tokens: int, before: "ScheduleConfig") -> tuple[float, float] | None:
+        """(factor, factor) of `before` and of this schedule at T = `tokens`; None where they agree from there on."""
+        ends = sorted({tokens, before.total_tokens, self.total_tokens, self.extends_tokens} - {0})
+        samples = [
+            tokens,
+            *(end for end in ends if end > tokens),
+            *((tokens + end) // 2 for end in ends if end > tokens),
+        ]
+        if all(math.isclose(before.factor(each), self.factor(each), abs_tol=1e-9) for each in samples):
+            return None
+        return before.factor(tokens), self.factor(tokens)
 
 
 @dataclass(frozen=True)

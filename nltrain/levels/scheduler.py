@@ -66,6 +66,9 @@ class _LevelState:
     done: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
+    # Ticks that the clocks in force called for by T = due_since: a resumed run may have another period.
+    due_before: int = 0
+    due_since: int = 0
     bytes_at_tick: float = 0.0
 
 
@@ -226,8 +229,10 @@ class LevelScheduler:
         }
 
     def _ticks_due(self, name: str) -> int:
-        """What the clock alone says was due by T; independent of what was counted."""
-        return 0 if self.engines[name].config.frozen else self.clocks[name].ticks(self.tokens)
+        """What the clocks that were in force say was due by T; independent of what was counted."""
+        state, clock = self._levels[name], self.clocks[name]
+        frozen = self.engines[name].config.frozen
+        return state.due_before + (0 if frozen else clock.ticks(self.tokens) - clock.ticks(state.due_since))
 
     def next_tick(self, name: str) -> int | None:
         """T of the level's next update; None for a frozen one."""
@@ -278,6 +283,7 @@ class LevelScheduler:
                 "optimizer_steps": engine.optimizer_steps,
                 "done": state.done,
                 "skipped": state.skipped,
+                "due": self._ticks_due(name),
                 "skipped_in_a_row": state.skipped_in_a_row,
                 "reduced_window": self._has_window(name),
                 "local_window": self._has_local(name),
@@ -332,6 +338,8 @@ class LevelScheduler:
             own.targets.fill_(level["window_targets"])
             own.done, own.skipped = level["done"], level["skipped"]
             own.skipped_in_a_row = level["skipped_in_a_row"]
+            # Checkpoints of before this was kept were made under one clock.
+            own.due_before, own.due_since = level.get("due", own.done + own.skipped), state["tokens"]
             engine.optimizer_steps = level["optimizer_steps"]
             engine.refresh_forward_weights()
             if level["local_window"] and engine.window is not None:

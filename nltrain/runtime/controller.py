@@ -1,4 +1,4 @@
-"""Ray Train with our own judgement: the only file that uses its private names (Ray is pinned for it).
+"""Ray Train with our own judgement: with patience.py the only file that uses its private names (Ray is pinned for it).
 
 What is ours: which failures are tried again (failures.py), which nodes are no longer used (strikes.py), and the notes
 of both beside the checkpoints; a checkpoint before a resize, so that growing costs no tokens; the user's stop, which
@@ -39,8 +39,8 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from nltrain.config import RunConfig, from_dict
 from nltrain.data import MissingObjectError, StoreError, open_store
 from nltrain.runtime.failures import Failure, FailureLedger, Verdict, summary
-from nltrain.runtime.sizes import Sizes
 from nltrain.runtime.probe import DeviceRefusedError, driver_problem, read_driver
+from nltrain.runtime.sizes import Sizes
 from nltrain.runtime.strikes import Place, Strikes, note_strike
 from nltrain.runtime.worker import ask_to_leave, on_sigterm, wait_until_left
 from nltrain.track.events import behind, put_event, read_events
@@ -119,7 +119,8 @@ class JudgedFailures(FailurePolicy):
         if failure.kind != "capacity":
             what = "restarting" if verdict.retry else "stopping"
             print(f"{failure.text}; {verdict.why}: {what}", flush=True)
-            self.note("failure", reason=f"{failure.text} ({verdict.why})", **summary(failure))
+            reason = f"{failure.text} ({verdict.why})"
+            self.note("failure", reason=reason, final=not verdict.retry and not self.stopping, **summary(failure))
         if failure.kind == "death" and not self.stopping:
             self._strike(failure)
         return FailureDecision.RETRY if verdict.retry else FailureDecision.RAISE
@@ -157,7 +158,8 @@ class JudgedFailures(FailurePolicy):
         try:
             # The rank is dead; what its watchdog says of that comes later than what it said before.
             since_s = max(self.placed_s, time.time() - STUCK_BEFORE_S)
-            hang = behind(read_events(self._store(), self.config.name, since_s, ("hang", "stuck")), killed=True)
+            events = read_events(self._store(), self.config.name, since_s=since_s, kinds=("hang", "stuck"))
+            hang = behind(events, killed=True)
         except StoreError:
             hang = None
         if hang is not None:

@@ -31,6 +31,8 @@ QUANTUM = 768  # tokens: 12 sequences, which 1, 2, 3 and 4 ranks share evenly
 CHECKPOINT_TOKENS = 8 * QUANTUM
 VOCAB_SIZE = 512
 OBJECT_STORE_BYTES = 100 << 20
+# One raylet on two quiet cores; what takes longer measures how busy the machine is.
+QUIET_START_S = 4.5
 
 SMALL = {
     "model.width": 32,
@@ -66,6 +68,8 @@ class Drill:
 
     def __init__(self, folder: Path, num_nodes: int) -> None:
         self.folder, self.num_nodes = folder, num_nodes
+        self.slowness = 1.0
+        """How many times longer the cluster took to start than on a quiet machine; every wait is scaled by it."""
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -82,15 +86,19 @@ class Drill:
             tempfile.tempdir = None  # read TMPDIR again
             s3 = self._stack.enter_context(EmbeddedS3(BUCKET))
             self.proxy = self._stack.enter_context(FaultProxy(s3.endpoint_url, probability=0.0, kinds=("reset",)))
-            self.s3_environment = s3.environment() | {"AWS_ENDPOINT_URL": self.proxy.endpoint_url}
+            self.s3_environment = s3.environment() | dict.fromkeys(
+                ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), self.proxy.endpoint_url
+            )
             before = {name: os.environ.get(name) for name in self.s3_environment}
             self._stack.callback(_restore, before)
             os.environ.update(self.s3_environment)
             _prepare(f"s3://{BUCKET}/corpus")
+            began_s = time.monotonic()
             cluster = LocalCluster(self.folder, self.owner, 1, OBJECT_STORE_BYTES, **self.s3_environment)
             self.cluster = self._stack.enter_context(cluster)
             for _ in range(self.num_nodes - 1):
                 self.cluster.add_node(1)
+            self.slowness = max(1.0, (time.monotonic() - began_s) / (QUIET_START_S * self.num_nodes))
         except BaseException:
             self._stack.close()
             raise
@@ -146,7 +154,7 @@ class Drill:
             env=self.cluster.client_environment,
             capture_output=True,
             text=True,
-            timeout=timeout_s,
+            timeout=timeout_s * self.slowness,
         )
         if done.returncode:
             raise DrillError(f"ray {' '.join(arguments)}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
@@ -206,6 +214,7 @@ class Job:
 
     def wait_until(self, what: str, condition: Callable[[], Any], timeout_s: float, poll_s: float = 0.25) -> Any:
         """The first true value of `condition`. Raises DrillError when the job ends or the time is over before."""
+        timeout_s *= self.drill.slowness
         deadline = time.monotonic() + timeout_s
         while True:
             ended = self._process.poll() is not None
@@ -234,6 +243,7 @@ class Job:
 
     def wait(self, timeout_s: float) -> int:
         """The exit code of `ray job submit` once the job has ended."""
+        timeout_s *= self.drill.slowness
         try:
             return self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -52,11 +52,15 @@ class RankError(Exception):
 
     @classmethod
     def of(cls, error: BaseException, rank: int, tokens: int) -> "RankError":
-        """Describe `error` as it is caught; the traceback is kept as text, which every process can read."""
+        """Describe `error` as it is caught; the traceback is kept as text, which every process can read.
+
+        Errors of our own say what, where and what to do in their message: theirs is left out.
+        """
         frames = traceback.extract_tb(error.__traceback__)
         where = f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else "?"
         message = " ".join(str(error).split()) or "no message"
-        return cls(rank, type(error).__name__, message[:2000], where, tokens, traceback.format_exc()[-20000:])
+        text = "" if type(error).__module__.startswith("nltrain.") else traceback.format_exc()[-20000:]
+        return cls(rank, type(error).__name__, message[:2000], where, tokens, text)
 
     @property
     def bad_device(self) -> bool:

@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -20,11 +19,20 @@ from types import FrameType
 from typing import Any
 
 from nltrain.checkpoint.catalog import attempts
-from nltrain.config import RunConfig, check_vocabulary, describe, override, to_dict
-from nltrain.data import DataError, StoreError, join_url, open_plan, open_store
-from nltrain.data.probe import check_atomic_create
+from nltrain.checkpoint.errors import CheckpointError
+from nltrain.config import RunConfig, describe, override, to_dict
+from nltrain.data import DataError, StoreError, join_url, open_store
 from nltrain.places import as_uri
 from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
+from nltrain.runtime.environment import print_anything, why_unreachable
+from nltrain.runtime.preflight import (
+    check_run_can_start,
+    check_shared,
+    describe_places,
+    settle_assignments,
+    settle_config,
+)
+from nltrain.track.events import put_event
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,14 +52,15 @@ def main(config: RunConfig, arguments: Sequence[str] | None = None) -> int:
         print(f"usage: {Path(sys.argv[0]).name} [--dry-run] [field=value ...]\n\n{describe(config)}")
         return 0
     try:
-        config = override(config, [argument for argument in arguments if argument != "--dry-run"])
+        assignments = [argument for argument in arguments if argument != "--dry-run"]
+        config = settle_config(override(config, settle_assignments(assignments)))
         if dry_run:
             from nltrain.dry_run import dry_run as show
 
             print(describe(config), show(config), sep="\n\n")
             return 0
         result = launch(config)
-    except (ValueError, LaunchError, DataError, StoreError) as error:
+    except (ValueError, LaunchError, DataError, StoreError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return STOPPED_EXIT_CODE if result["left"] == "stopped" else 0
@@ -68,9 +77,10 @@ def launch(config: RunConfig) -> dict[str, Any]:
             f"{ADDRESS_VARIABLE} is not set: start this file with `ray job submit --working-dir . -- python jobs/...`, "
             f"or set {ADDRESS_VARIABLE} to your cluster's host:port"
         )
-    print(describe(config), flush=True)
+    print_anything()
+    print(describe(config), describe_places(config), sep="\n", flush=True)
     _check_address(address)
-    _check_places(config)
+    check_run_can_start(config)
     config = _afresh(config)
     cluster = config.cluster
     for name, value in _ray_settings(cluster).items():
@@ -86,12 +96,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
 
     _check_size(ray, cluster)
     submitted = bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
-    if submitted and stop_wait_s() < STOP_WAIT_S:
-        print(
-            f"warning: this cluster kills a stopped job after {stop_wait_s():g} s, too soon to save a checkpoint: "
-            f"set RAY_JOB_STOP_WAIT_TIME_S={STOP_WAIT_S} where `ray start` runs",
-            flush=True,
-        )
+    _warn(ray, config, stop_wait_s())
     gpus = {"GPU": 1} if cluster.device == "cuda" else {}
     trainer = Trainer(
         train_on_worker,
@@ -108,7 +113,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
             # A name of its own each time: Ray would otherwise resume its view of an earlier job.
             name=f"ray_train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             # Every node has to reach it; the only place of which that is certain is where the checkpoints go.
-            storage_path=as_uri(join_url(_absolute(config.checkpoint.url), config.name)),
+            storage_path=as_uri(join_url(config.checkpoint.url, config.name)),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
             callbacks=[SaveOnSigterm(), CheckDriver(cluster.device)],
@@ -122,7 +127,9 @@ def launch(config: RunConfig) -> dict[str, Any]:
             if stop.asked.is_set():
                 print("stopped without a checkpoint of this moment: the run goes on from its newest one", flush=True)
                 return {"left": "stopped", "tokens": 0}
-            raise LaunchError(_reason(config, trainer, error)) from error
+            reason = _reason(config, trainer, error)
+            _note_end(config, trainer, reason)
+            raise LaunchError(reason) from error
     return dict(result.return_value)
 
 
@@ -160,6 +167,19 @@ class _Stop:
                 self._ray.get(self._trainer.controller.abort.remote())
 
 
+def _warn(ray: Any, config: RunConfig, stop_wait_s: float) -> None:
+    """Say what will not stop the run from starting, and may cost the user a night."""
+    _check_size(ray, config.cluster)
+    if warning := check_shared(config, sum(node["Alive"] for node in ray.nodes())):
+        print(warning, flush=True)
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") and stop_wait_s < STOP_WAIT_S:
+        print(
+            f"warning: this cluster kills a stopped job after {stop_wait_s:g} s, too soon to save a checkpoint: "
+            f"set RAY_JOB_STOP_WAIT_TIME_S={STOP_WAIT_S} where `ray start` runs",
+            flush=True,
+        )
+
+
 def _check_size(ray: Any, cluster: ClusterConfig) -> None:
     """Say at once what would otherwise be an endless wait; a cluster that can grow may still get there."""
     resource, each = ("GPU", 1.0) if cluster.device == "cuda" else ("CPU", cluster.cpus_per_worker)
@@ -174,22 +194,10 @@ def _check_size(ray: Any, cluster: ClusterConfig) -> None:
 
 
 def _check_address(address: str) -> None:
-    """Ray tries for two minutes to reach a cluster that is not there; a connection tells in a moment."""
-    host, separator, port = address.removeprefix("ray://").removeprefix("http://").rstrip("/").rpartition(":")
-    if not separator:
-        return  # "auto" and the like name no place to try
-    try:
-        socket.create_connection((host, int(port)), timeout=ADDRESS_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
+    if why := why_unreachable(address, ADDRESS_TIMEOUT_S):
         raise LaunchError(
-            f"no Ray cluster answers at {ADDRESS_VARIABLE}={address} ({error}): check the address, or start a cluster"
-        ) from error
-
-
-def _check_places(config: RunConfig) -> None:
-    """Data and checkpoints can be reached: better told here, in one line, than by every rank."""
-    check_vocabulary(config, open_plan(config.data).vocab_size)
-    check_atomic_create(open_store(config.checkpoint.url), f"{config.name}/attempts")
+            f"no Ray cluster answers at {ADDRESS_VARIABLE}={address} ({why}): check the address, or start a cluster"
+        )
 
 
 def _afresh(config: RunConfig) -> RunConfig:
@@ -230,8 +238,11 @@ def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
     return environment
 
 
-def _absolute(url: str) -> str:
-    return url if "://" in url else str(Path(url).absolute())
+def _note_end(config: RunConfig, trainer: Any, reason: str) -> None:
+    """Where no controller lived to note it: why the run has failed, for `nltrain status`."""
+    if trainer.verdict is None:
+        with contextlib.suppress(StoreError):  # best effort: the reason is also the last line of the log
+            put_event(open_store(config.checkpoint.url), config.name, "failure", "job", reason=reason, final=True)
 
 
 def _reason(config: RunConfig, trainer: Any, error: BaseException) -> str:
@@ -240,6 +251,8 @@ def _reason(config: RunConfig, trainer: Any, error: BaseException) -> str:
         text = str(error).strip().splitlines()
         return text[-1] if text else type(error).__name__
     failure, verdict = trainer.verdict
+    if failure.type_name == "StaleAttemptError":
+        return f"run {config.name} ended here: {failure.text}. The newer attempt goes on; give another run another name"
     if failure.traceback:
         print(failure.traceback, file=sys.stderr, flush=True)
     return (

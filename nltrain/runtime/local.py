@@ -14,18 +14,22 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 
 from nltrain.runtime.config import STOP_WAIT_S
+from nltrain.runtime.environment import own_home, without_foreign
 from nltrain.runtime.processes import Owner
 
-START_TIMEOUT_S = 90
-# Ray gives a node 30 s to come up, which a busy machine exceeds; whoever runs a cluster starts another one then.
-JOIN_ATTEMPTS = 3
+# What is still starting gets this long, said every SAY_EVERY_S: a busy machine needs minutes for what takes 5 s else.
+START_TIMEOUT_S = 900
+SAY_EVERY_S = 30.0
+START_ATTEMPTS = 3
+# `ray`, but it waits for the node as long as its raylet lives.
+RAY = (sys.executable, "-P", str(Path(__file__).with_name("patience.py")))
 # A dead raylet refuses connections and is given up after 5 s; one that is merely slow gets 10 s per check.
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "5000",
@@ -78,7 +82,8 @@ class LocalCluster:
         self.port, self.dashboard_port = free_ports(2)
         self.nodes: list[LocalNode] = []
         self.environment = (
-            os.environ
+            without_foreign(os.environ)
+            | own_home(self._folder / "home")
             | {
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": str(token),
@@ -94,7 +99,6 @@ class LocalCluster:
             | owner.environment
             | environment
         )
-        self.environment.pop("RAY_ADDRESS", None)
 
     @property
     def temp_dir(self) -> Path:
@@ -112,10 +116,22 @@ class LocalCluster:
         return self.environment | {"RAY_ADDRESS": self.job_address}
 
     def __enter__(self) -> "LocalCluster":
-        log = (self._folder / "head.log").open("wb")
+        for attempt in range(1, START_ATTEMPTS + 1):
+            try:
+                self._start()
+                return self
+            except ClusterError as error:
+                if attempt == START_ATTEMPTS:
+                    raise
+                print(f"{error}; try {attempt + 1} of {START_ATTEMPTS}", flush=True)
+                self.port, self.dashboard_port = free_ports(2)
+        raise AssertionError("not reached")
+
+    def _start(self) -> None:
+        log = (self._folder / "head.log").open("ab")
         client, agent, agent_grpc, runtime_env, metrics = free_ports(5)
         command = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+            *RAY, "start", "--head", "--block", "--disable-usage-stats",
             "--node-ip-address=127.0.0.1", f"--port={self.port}", f"--num-cpus={self._num_cpus}", "--num-gpus=0",
             "--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard_port}",
             f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}",
@@ -131,7 +147,6 @@ class LocalCluster:
         except BaseException:
             self.stop()
             raise
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
@@ -140,7 +155,7 @@ class LocalCluster:
         """Another raylet with `num_cpus` logical CPUs joins; returns when the cluster counts it as alive.
 
         Its ranks see `environment` beside the cluster's."""
-        for attempt in range(JOIN_ATTEMPTS):
+        for attempt in range(START_ATTEMPTS):
             name = f"node_{len(self.nodes) + 1}"
             node = LocalNode(self, self._folder / name, num_cpus, self._object_store_bytes, name, environment)
             self.nodes.append(node)
@@ -148,7 +163,7 @@ class LocalCluster:
                 node.start()
             except ClusterError:
                 node.stop()
-                if attempt == JOIN_ATTEMPTS - 1:
+                if attempt == START_ATTEMPTS - 1:
                     raise
             else:
                 return node
@@ -164,23 +179,38 @@ class LocalCluster:
             path.unlink() if path.is_symlink() else shutil.rmtree(path, ignore_errors=True)
 
     def _wait_until_it_answers(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        token = (self._folder / "token").read_text()
+        token, log = (self._folder / "token").read_text(), self._folder / "head.log"
         request = urllib.request.Request(
             f"{self.job_address}/api/version", headers={"Authorization": f"Bearer {token}"}
         )
-        while time.monotonic() < deadline:
+        # The cluster is on this machine: no proxy of the user's stands between.
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        for _ in _while_starting("the local Ray cluster"):
             if self._process is None or self._process.poll() is not None:
-                raise ClusterError(f"the local Ray cluster ended while starting; see {self._folder / 'head.log'}")
+                raise ClusterError(f"the local Ray cluster ended while starting ({_last_line(log)}); see {log}")
             try:
-                with urllib.request.urlopen(request, timeout=2):
+                with direct.open(request, timeout=2):
                     return
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.2)
-        raise ClusterError(
-            f"the local Ray cluster at {self.job_address} did not answer in {START_TIMEOUT_S} s; "
-            f"see {self._folder / 'head.log'}"
-        )
+            except OSError:  # URLError is one
+                continue
+        raise ClusterError(f"the local Ray cluster did not answer in {START_TIMEOUT_S} s; see {log}")
+
+
+def _while_starting(what: str) -> Iterator[None]:
+    """Steps of a wait of up to START_TIMEOUT_S, which is said every SAY_EVERY_S."""
+    began_s = said_s = time.monotonic()
+    while (now_s := time.monotonic()) - began_s < START_TIMEOUT_S:
+        if now_s - said_s > SAY_EVERY_S:
+            said_s = now_s
+            print(f"{what} is starting, {now_s - began_s:.0f} s so far: the machine is busy", flush=True)
+        yield
+        time.sleep(0.2)
+
+
+def _last_line(log: Path) -> str:
+    """What a process said last: of a traceback the line that says what it is."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:200] if lines else "it said nothing"
 
 
 class LocalNode:
@@ -206,7 +236,7 @@ class LocalNode:
     def start(self) -> None:
         agent, agent_grpc, runtime_env, metrics = free_ports(4)
         command = [
-            sys.executable, "-m", "ray.scripts.scripts", "start", f"--address=127.0.0.1:{self._cluster.port}",
+            *RAY, "start", f"--address=127.0.0.1:{self._cluster.port}",
             "--block", "--disable-usage-stats", "--node-ip-address=127.0.0.1", f"--num-cpus={self._num_cpus}",
             "--num-gpus=0", f"--node-name={self.name}", f"--dashboard-agent-listen-port={agent}",
             f"--dashboard-agent-grpc-port={agent_grpc}", f"--runtime-env-agent-port={runtime_env}",
@@ -219,14 +249,12 @@ class LocalNode:
             self.process = subprocess.Popen(
                 command, env=self._environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
+        for _ in _while_starting(self.name):
             if self.process.poll() is not None:
-                raise ClusterError(f"{self.name} ended while starting; see {self._log}")
+                raise ClusterError(f"{self.name} ended while starting ({_last_line(self._log)}); see {self._log}")
             # `ray start` says so once the head counts the node as alive.
             if "Ray runtime started" in self._log.read_text(errors="replace") and self._find_raylet():
                 return
-            time.sleep(0.2)
         raise ClusterError(f"{self.name} had not joined after {START_TIMEOUT_S} s; see {self._log}")
 
     @property

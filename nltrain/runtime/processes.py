@@ -14,18 +14,21 @@ from pathlib import Path
 
 import psutil
 
+from nltrain.runtime.environment import short_folder
+
 VARIABLE = "NLTRAIN_OWNER"
 
 
 class Owner:
     """An orchestrator's claim on the processes it starts; a record keeps it for whoever comes after a crash.
 
-    `short` is a symbolic link in /tmp to the run's folder: paths of Unix sockets must stay below 108 bytes.
+    `short` is a symbolic link in /tmp, or another short folder, to the run's folder: paths of Unix sockets must stay
+    below 108 bytes.
     """
 
     def __init__(self, run_folder: Path) -> None:
         self.id = uuid.uuid4().hex
-        self.short = Path("/tmp") / f"nl-{self.id[:8]}"
+        self.short = short_folder() / f"nl-{self.id[:8]}"
         records = record_folder(run_folder)
         records.mkdir(parents=True, exist_ok=True)
         self._record = records / f"{self.id}.json"

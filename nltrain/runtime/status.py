@@ -14,11 +14,13 @@ from typing import Any
 from nltrain.checkpoint import CheckpointError
 from nltrain.checkpoint.catalog import list_checkpoints
 from nltrain.data import MissingObjectError, StoreError, open_store
+from nltrain.track.events import newest_attempt, read_events
 from nltrain.track.progress import duration
 from nltrain.track.status import EVERY_S, KEY
 
 # A run publishes every few seconds while it trains; one that has been silent for longer is saving, stuck or gone.
 SILENT_AFTER_S = 12 * EVERY_S
+ENDED = ("finished", "stopped")
 
 
 class StatusError(ValueError):
@@ -26,37 +28,65 @@ class StatusError(ValueError):
 
 
 def read_status(url: str, now_s: float | None = None) -> dict[str, Any]:
-    """The run's last snapshot with `age_s`, `alive`, and its newest checkpoint with its age. Raises StatusError."""
+    """The run's last snapshot with `age_s`, `alive`, and its newest checkpoint with its age. Raises StatusError.
+
+    `state` is "failed", with `why`, where the job has given up and no later attempt has begun.
+    """
     now_s = time.time() if now_s is None else now_s
     try:
         found = json.loads(open_store(url).get(KEY))
     except MissingObjectError:
-        raise StatusError(
-            f"{url}: no {KEY} there; give the run's output folder, or CHECKPOINT_URL/NAME as the job printed them"
-        ) from None
-    found["age_s"] = round(now_s - found["time_s"], 1)
+        found = _before_the_first_snapshot(url)
+    # Clocks of machines differ: one that is ahead of this one has not written in the future.
+    found["age_s"] = round(max(0.0, now_s - found["time_s"]), 1)
+    store = open_store(found["checkpoint_url"])
+    if found["state"] not in ENDED and (why := _why_failed(store, found["run"])):
+        found |= {"state": "failed", "why": why}
     found["alive"] = found["state"] in ("starting", "training", "resized", "preempted") and (
         found["age_s"] < SILENT_AFTER_S
     )
-    complete = [info for info in list_checkpoints(open_store(found["checkpoint_url"]), found["run"]) if info.complete]
+    complete = [info for info in list_checkpoints(store, found["run"]) if info.complete]
     newest = complete[-1] if complete else None
     found["checkpoint"] = newest and {
         "name": newest.name,
         "tokens": newest.tokens,
-        "age_s": round(now_s - newest.created_s, 1),
+        "age_s": round(max(0.0, now_s - newest.created_s), 1),
     }
     return found
+
+
+def _why_failed(store: Any, run: str) -> str:
+    """Why the job gave up; empty where it did not, or where another attempt has begun since."""
+    events = read_events(store, run, newest_attempt(store, run))
+    final = [event for event in events if event["kind"] == "failure" and event.get("final")]
+    # An attempt that was overtaken ends so too: then it is the newer one that counts.
+    return str(final[-1]["reason"]) if final and final[-1].get("error_type") != "StaleAttemptError" else ""
+
+
+def _before_the_first_snapshot(url: str) -> dict[str, Any]:
+    """What is known of a run at CHECKPOINT_URL/NAME that has written no status: why it failed. Raises StatusError."""
+    parent, _, run = url.rstrip("/").rpartition("/")
+    if parent and (events := read_events(open_store(parent), run)):
+        levels: dict[str, Any] = {}
+        known = {"tokens": 0, "total_tokens": 0, "attempt": 0, "workers": 0, "attempts": [], "levels": levels}
+        return known | {"run": run, "state": "starting", "checkpoint_url": parent, "time_s": events[-1]["time_s"]}
+    raise StatusError(
+        f"{url}: no {KEY} there; give the run's output folder, or CHECKPOINT_URL/NAME as the job printed them"
+    ) from None
 
 
 def describe_status(status: dict[str, Any]) -> str:
     """The same for people."""
     tokens, total = status["tokens"], status["total_tokens"]
     state = status["state"]
+    if state == "failed":
+        state = f"failed: {status['why']}"
     if not status["alive"] and state in ("starting", "training"):
         state = f"silent for {duration(status['age_s'])} (was {state}): saving, restarting, or gone"
+        state += " (if the clocks of the two machines agree)"
     lines = [
         f"run {status['run']}: {state}",
-        f"  tokens      {tokens:,} of {total:,} ({100 * tokens / total:.1f} %)",
+        f"  tokens      {tokens:,} of {total:,} ({100 * tokens / max(total, 1):.1f} %)",
     ]
     if status.get("loss") is not None:
         speed = status["tokens_per_s"]

@@ -44,7 +44,7 @@ class Strikes:
     def read(cls, limit: int, window_s: float, store: Any, run: str, now_s: float | None = None) -> "Strikes":
         """Those that earlier submissions noted. Raises StoreError."""
         now_s = time.time() if now_s is None else now_s
-        rows = read_events(store, run, now_s - window_s, (KIND,)) if limit else []
+        rows = read_events(store, run, since_s=now_s - window_s, kinds=(KIND,)) if limit else []
         found = [Strike(row["time_s"], row["node"], row["gpu"], row["weight"], row["text"]) for row in rows]
         return cls(limit, window_s, found)
 

@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 import warnings
 from pathlib import Path
 from types import FrameType
@@ -137,18 +136,19 @@ def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
     _Told.training.set()
     try:
         if config.cluster.probe_device:
-            found = _probe(config)
+            card = _probe(config)
             if rank == 0:
-                print(found, flush=True)
+                print(card, flush=True)
         result = train(config, supervision)
         left, tokens = result.get("left", "finished"), result.get("tokens", supervision.tokens)
         url = join_url(config.checkpoint.url, config.name, "checkpoints", result["checkpoint"])
         if left in ("finished", "stopped"):
             register_with_ray(as_uri(url), {"tokens": tokens})
     except Exception as error:
-        # Ray shows the traceback of one rank only, and late; the job's log gets each one now.
-        traceback.print_exc()
-        raise RankError.of(error, rank, supervision.tokens) from None
+        found = RankError.of(error, rank, supervision.tokens)
+        # Ray shows the traceback of one rank only, and late; the job's log gets each one now, where it tells something.
+        print(f"rank {rank}: {found}" if found.collateral or not found.text else found.text, flush=True)
+        raise found from None
     finally:
         _Told.training.clear()
         supervision.close()
@@ -196,4 +196,8 @@ def _quiet_libraries() -> None:
     """Our own log lines to the job's log; DeepSpeed's use of a deprecated torch name is not the user's business."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stdout, force=True)
     logging.getLogger("nltrain").setLevel(logging.INFO)
+    # The rank has told of its error; Ray would add the traceback of our report of it.
+    logging.getLogger("ray.train.v2._internal.util").addFilter(
+        lambda record: not record.getMessage().startswith("Error in training function")
+    )
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed.*is deprecated")

@@ -2,10 +2,12 @@
 
 Written by the controller (a failure, a resize, a strike against a node) and the watchdogs (a rank is stuck; a hang: it
 was killed for it), one small object each, because the machine that noticed need not be the one that keeps the metrics.
-Keys: `<run>/events/<unix ms>-<kind>-<who>.json`.
+Keys: `<run>/events/<attempt>-<unix ms>-<kind>-<who>.json`. What belongs to which attempt is told by the number of the
+newest attempt, never by a clock: those of machines differ.
 """
 
 import json
+import re
 import time
 from collections.abc import Collection
 from typing import Any
@@ -14,23 +16,39 @@ from nltrain.track.metrics import EventStore, Row
 
 # States of a Linux process: stopped, traced, in a system call that cannot be interrupted.
 _NOT_RUNNING = ("T", "t", "D")
+_EVENT = re.compile(r"(?:(?P<attempt>\d{6,14})-)?(?P<ms>\d{15})-(?P<kind>[^-]+)-")
+
+
+def newest_attempt(store: EventStore, run: str) -> int:
+    """The number of the run's newest attempt; 0 where none has begun."""
+    names = (item.key.rsplit("/", 1)[-1].removesuffix(".json") for item in store.list(f"{run}/attempts/"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def put_event(store: EventStore, run: str, kind: str, who: str, **values: Any) -> None:
-    """Keep one event. `who` tells events of the same millisecond apart: "controller", "rank_0001"."""
-    now_s = time.time()
-    body = {"kind": kind, "time_s": round(now_s, 3)} | values
-    store.put(f"{run}/events/{int(now_s * 1000):015d}-{kind}-{who}.json", json.dumps(body).encode())
+    """Keep one event of the newest attempt. `who` tells events of the same moment apart: "controller", "rank_0001"."""
+    now_s, attempt = time.time(), newest_attempt(store, run)
+    body = {"kind": kind, "attempt": attempt, "time_s": round(now_s, 3)} | values
+    key = f"{run}/events/{attempt:06d}-{int(now_s * 1000):015d}-{kind}-{who}.json"
+    store.put(key, json.dumps(body).encode())
 
 
-def read_events(store: EventStore, run: str, since_s: float = 0.0, kinds: Collection[str] = ()) -> list[Row]:
-    """Events at or after `since_s` (Unix), oldest first; with `kinds` those of these kinds alone."""
+def read_events(
+    store: EventStore, run: str, since_attempt: int = 0, *, since_s: float = 0.0, kinds: Collection[str] = ()
+) -> list[Row]:
+    """Events of attempts `since_attempt` and later and of at or after `since_s` (Unix), oldest first.
+
+    With `kinds` those of these kinds alone. Events kept before events had an attempt are of attempt 0.
+    """
     prefix = f"{run}/events/"
-    keys = sorted(item.key for item in store.list(prefix))
-    recent = [key for key in keys if int(key.removeprefix(prefix).partition("-")[0]) >= since_s * 1000]
-    if kinds:
-        recent = [key for key in recent if key.removeprefix(prefix).split("-")[1] in kinds]
-    return [json.loads(store.get(key)) for key in recent]
+    wanted = []
+    for key in sorted(item.key for item in store.list(prefix)):
+        parts = _EVENT.match(key.removeprefix(prefix))
+        if parts is None or int(parts["attempt"] or 0) < since_attempt or int(parts["ms"]) < since_s * 1000:
+            continue
+        if not kinds or parts["kind"] in kinds:
+            wanted.append(key)
+    return [json.loads(store.get(key)) for key in wanted]
 
 
 def behind(events: list[Row], killed: bool = False) -> Row | None:

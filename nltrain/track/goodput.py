@@ -8,7 +8,7 @@ what a killed attempt did after its last row counts as restart.
 from collections import Counter
 from typing import Any
 
-from nltrain.track.metrics import Row, effective
+from nltrain.track.metrics import Row, effective, on_one_clock
 
 _TIMED = ("step", "validation", "end", "attempt")
 _STALLS = ("checkpoint", "checkpoint_failed")
@@ -16,6 +16,7 @@ _STALLS = ("checkpoint", "checkpoint_failed")
 
 def goodput(rows: list[Row]) -> dict[str, Any]:
     """All times in seconds. `rows`: those of all attempts in the order of writing, with at least one step."""
+    rows = on_one_clock(rows)
     attempts = [row for row in rows if row["kind"] == "attempt"]
     timed = [row for row in rows if row["kind"] in _TIMED]
     counted = {id(row) for row in effective(rows)}
@@ -29,7 +30,7 @@ def goodput(rows: list[Row]) -> dict[str, Any]:
     busy_until_s = begun_s
     stopped = False
     gap = "startup"
-    for row in sorted((row for row in rows if row["kind"] in _TIMED + _STALLS), key=lambda row: row["time_s"]):
+    for row in (row for row in rows if row["kind"] in _TIMED + _STALLS):
         match row["kind"]:
             case "attempt":
                 if stopped:  # the user took it away and brought it back
@@ -66,17 +67,19 @@ def goodput(rows: list[Row]) -> dict[str, Any]:
         **{f"{name}_s": round(seconds, 2) for name, seconds in parts.items()},
         "goodput": round(parts["training"] / max(wall_s, 1e-9), 4),
         "accounted": round(min(1.0, accounted_s / max(wall_s, 1e-9)), 4),
-        "restarts": [
-            {
-                "attempt": row["attempt"],
-                "from_tokens": row["tokens"],
-                "tokens_wasted": row["tokens_lost"],
-                "workers": row["workers"],
-                "reason": row.get("reason", ""),
-            }
-            for row in attempts[1:]
-        ],
+        "restarts": [_restart(row) for row in attempts[1:]],
         "stragglers": stragglers(rows),
+    }
+
+
+def _restart(row: Row) -> dict[str, Any]:
+    """One attempt after the first: where it went on, what that cost, and why it was needed."""
+    return {
+        "attempt": row["attempt"],
+        "from_tokens": row["tokens"],
+        "tokens_wasted": row["tokens_lost"],
+        "workers": row["workers"],
+        "reason": row.get("reason", ""),
     }
 
 

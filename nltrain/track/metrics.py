@@ -6,12 +6,17 @@ A resumed attempt repeats tokens that the killed one had already trained; `effec
 that sums and plots count every token once.
 """
 
+import contextlib
+import errno
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
+
+from nltrain.track.spared import Spared
 
 Row = dict[str, Any]
 FOLDER = "metrics"
@@ -28,25 +33,41 @@ class EventStore(Protocol):
 
 
 class MetricsLog:
-    """Appends rows to `<run folder>/metrics/attempt_0001.jsonl`; each is flushed: a kill loses at most one line."""
+    """Appends rows to `<run folder>/metrics/attempt_0001.jsonl`; each is written at once, so a kill loses one line.
+
+    A row for which there is no room is lost, whole, with a line.
+    """
 
     def __init__(self, run_folder: str | Path, attempt: int) -> None:
-        path = Path(run_folder) / FOLDER / f"attempt_{attempt:04d}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
+        self.path = Path(run_folder) / FOLDER / f"attempt_{attempt:04d}.jsonl"
         self._attempt = attempt
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._file: IO[bytes] | None = None
+        self._spared = Spared("metrics")
 
     def log(self, kind: str, tokens: int, **values: Any) -> Row:
         row = {"kind": kind, "attempt": self._attempt, "tokens": tokens, "time_s": round(time.time(), 3)} | values
         # JSON has no NaN: strict readers would refuse the file.
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
-        self._file.write(json.dumps(row, allow_nan=False) + "\n")
-        self._file.flush()
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        self._spared(lambda: self._append(line))
         return row
 
     def close(self) -> None:
-        self._file.close()
+        if self._file:
+            self._file.close()
+
+    def _append(self, line: bytes) -> None:
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        except OSError as error:
+            with contextlib.suppress(OSError):  # what is no file on a disk cannot be cut
+                os.ftruncate(self._file.fileno(), before)  # the next row must not follow on half a line
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
 def published_key(run: str, path: Path) -> str:
@@ -73,13 +94,38 @@ def log_fault(run_folder: str | Path, **values: Any) -> None:
 
 
 def read_rows(run_folder: str | Path) -> list[Row]:
-    """All rows of all attempts in the order of writing; a last line torn by a kill is left out."""
+    """All rows: faults from outside, then attempt after attempt in the order of writing, whatever the clocks of the
+    machines said. A last line torn by a kill is left out."""
     rows: list[Row] = []
-    for path in sorted((Path(run_folder) / FOLDER).glob("*.jsonl")):
+    paths = sorted((Path(run_folder) / FOLDER).glob("*.jsonl"), key=lambda path: (path.stem != "faults", path.name))
+    for path in paths:
         for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
                 rows.append(json.loads(line))
-    return sorted(rows, key=lambda row: (row["time_s"], row.get("attempt", 0)))
+    return rows
+
+
+def on_one_clock(rows: Iterable[Row]) -> list[Row]:
+    """Rows of attempts in order, with times that never run backwards from one attempt to the next.
+
+    Attempts may be written by machines whose clocks differ: one that seems to begin before the last row of the one
+    before is moved to that row. A clock that is ahead cannot be told from a pause.
+    """
+    moved: list[Row] = []
+    attempt: int | None = None
+    shift_s, latest_s = 0.0, -math.inf
+    for row in rows:
+        if "attempt" not in row:
+            moved.append(row)
+            continue
+        if row["attempt"] != attempt:
+            attempt = row["attempt"]
+            begun_s = row.get("started_s") or row["time_s"]
+            shift_s = max(0.0, latest_s - begun_s)
+        later = {name: row[name] + shift_s for name in ("time_s", "started_s") if row.get(name) is not None}
+        moved.append(row | later)
+        latest_s = max(latest_s, moved[-1]["time_s"])
+    return moved
 
 
 def tail(path: Path, poll_s: float = 0.2) -> Iterator[Row | None]:

@@ -13,8 +13,9 @@ from nltrain.track.metrics import EventStore
 class Publisher:
     """`close` it: what was offered last is only then sure to be there."""
 
-    def __init__(self, store: EventStore) -> None:
-        self._store = store
+    def __init__(self, store: EventStore, allowed: Callable[[], bool] = lambda: True) -> None:
+        """`allowed()`: asked before each put; what it refuses is dropped."""
+        self._store, self._allowed = store, allowed
         self._changed = threading.Condition()
         self._offered: dict[str, Callable[[], bytes]] = {}
         self._closed = False
@@ -46,7 +47,8 @@ class Publisher:
                 key = next(iter(self._offered))
                 read = self._offered.pop(key)
             try:
-                self._store.put(key, read())
+                if self._allowed():
+                    self._store.put(key, read())
                 self._failing.discard(key)
             except Exception as error:  # whatever the store's trouble is
                 if key not in self._failing:

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from nltrain.track.goodput import goodput
-from nltrain.track.metrics import Row, effective, read_rows
+from nltrain.track.metrics import Row, effective, on_one_clock, read_rows
 
 
 def summarise(rows: list[Row]) -> dict[str, Any]:
     """The run in one dict. `seconds` is wall time from the first start to the last row, restarts included."""
+    rows = on_one_clock(rows)
     counted = effective(rows)
     attempts = [row for row in rows if row["kind"] == "attempt"]
     steps = [row for row in counted if row["kind"] == "step"]

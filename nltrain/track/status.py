@@ -11,6 +11,7 @@ from typing import Any
 
 from nltrain.track.events import EventStore
 from nltrain.track.publisher import Publisher
+from nltrain.track.spared import Spared
 
 KEY = "status.json"
 EVERY_S = 5.0
@@ -23,6 +24,7 @@ class StatusBoard:
         self._path, self._publisher, self._key = folder / KEY, publisher, f"{run}/{KEY}"
         self._values: dict[str, Any] = {"run": run, "attempts": [], "max_tokens": 0}
         self._written_s = 0.0
+        self._spared = Spared("status")
 
     def restore(self, history: dict[str, Any]) -> None:
         """Take over the attempts that an earlier process recorded."""
@@ -41,10 +43,13 @@ class StatusBoard:
             return
         self._written_s = now_s
         data = json.dumps(self._values | {"time_s": round(now_s, 3)}, indent=1).encode()
+        self._spared(lambda: self._write(data))
+        self._publisher.offer(self._key, lambda: data)
+
+    def _write(self, data: bytes) -> None:
         partial = self._path.with_suffix(".partial")
         partial.write_bytes(data)
         partial.replace(self._path)
-        self._publisher.offer(self._key, lambda: data)
 
 
 def read_history(store: EventStore, run: str, missing: type[Exception]) -> dict[str, Any]:

@@ -150,6 +150,7 @@ class FaultyStore:
         self._store, self.url = store, store.url
         self.failing = ""
         self.waiting = ""
+        self.failing_once = ""  # an atomic create of a key with this text fails the next time
         self.may_go_on = threading.Event()
         self.reached = threading.Event()
 
@@ -163,3 +164,9 @@ class FaultyStore:
         if self.failing and self.failing in key:
             raise StoreError(f"{self.url}/{key}: refused by the test; stop testing")
         self._store.put(key, data)
+
+    def put_if_absent(self, key, data) -> bool:
+        if self.failing_once and self.failing_once in key:
+            self.failing_once = ""
+            raise StoreError(f"{self.url}/{key}: refused by the test; stop testing")
+        return self._store.put_if_absent(key, data)

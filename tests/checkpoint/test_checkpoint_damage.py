@@ -21,6 +21,7 @@ from nltrain.checkpoint import (
     capture_rng,
     restore_rng,
 )
+from nltrain.checkpoint.catalog import list_checkpoints
 from nltrain.checkpoint.manifest import checkpoint_name, key_of, parse_manifest
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.checkpoint.tree import sha256_of
@@ -302,6 +303,22 @@ def test_a_save_that_hangs_ends_in_an_error_that_names_the_limit(run):
     with pytest.raises(SaveFailedError, match=r"save-1 has not ended after checkpoint.timeout_s=0.3 s"):
         checkpointer.wait()
     store.may_go_on.set()
+
+
+@pytest.mark.parametrize("how", ["failing", "failing_once"])
+def test_a_save_that_fails_leaves_no_files_and_the_next_one_stands(run, how):
+    """While a rank's files are written, and when the manifest is created."""
+    store = FaultyStore(run)
+    checkpointer = Checkpointer(store, how, None, settings(run.url, asynchronous=False))
+    setattr(store, how, "/state-" if how == "failing" else "/manifest.json")
+    checkpointer.save(1, held("replicated", 0, 1), {})
+    [failed] = checkpointer.poll()
+    assert "refused by the test" in failed.error
+    left = [item.key for item in run.list(f"{how}/checkpoints/") if not item.key.endswith("/manifest.json")]
+    assert left == []
+    store.failing = ""
+    checkpointer.save(2, held("replicated", 0, 1), {})
+    assert [info.name for info in list_checkpoints(run, how) if info.complete] == [checkpoint_name(2, 1)]
 
 
 def test_the_clock_of_saves_is_the_token_count(run):

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 from nltrain.data import PrepareConfig, open_store, prepare, stdlib_corpus, train_tokenizer
 from nltrain.data.embedded_s3 import EmbeddedS3
+from nltrain.runtime.drill import QUIET_START_S
 from nltrain.runtime.local import LocalCluster
 from nltrain.runtime.processes import Owner, wait_gone
 
@@ -87,13 +89,16 @@ def world(folder: Path) -> Iterator[World]:
     (run_folder / "tmp").mkdir(parents=True)
     owner = Owner(run_folder)
     added = {"TMPDIR": str(owner.short / "tmp"), **owner.environment}
+    slowness = 1.0
     before = {name: os.environ.get(name) for name in added}
     os.environ.update(added)
     tempfile.tempdir = None  # read TMPDIR again
     try:
         with EmbeddedS3(BUCKET) as s3, s3.in_environment():
             small_corpus(f"s3://{BUCKET}/corpus")
+            began_s = time.monotonic()
             with LocalCluster(run_folder, owner, num_cpus=4, **s3.environment()) as cluster:
+                slowness = max(1.0, (time.monotonic() - began_s) / QUIET_START_S)
                 yield World(run_folder, s3, cluster, owner)
     finally:
         for name, value in before.items():
@@ -102,7 +107,7 @@ def world(folder: Path) -> Iterator[World]:
             else:
                 os.environ[name] = value
         tempfile.tempdir = None
-        left = wait_gone(owner.id, timeout_s=20)
+        left = wait_gone(owner.id, timeout_s=20 * slowness)
         owner.close()
     assert not left, f"processes left behind: {[(process.pid, process.cmdline()) for process in left]}"
     assert not owner.short.exists()

@@ -36,13 +36,13 @@ def owner_of(output: Path) -> str:
     return record.stem
 
 
-def test_ctrl_c_stops_everything_that_the_demo_started(tmp_path):
+def test_ctrl_c_stops_everything_that_the_demo_started(tmp_path, slowness):
     process = demo_with_a_cluster_up(tmp_path / "demo")
     owner = owner_of(tmp_path / "demo")
     assert owned(owner)
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert wait_gone(owner, timeout_s=5) == []
+    assert process.wait(timeout=60 * slowness) == 130
+    assert wait_gone(owner, timeout_s=5 * slowness) == []
     assert list(record_folder(tmp_path / "demo").glob("*.json")) == []
 
 

@@ -38,6 +38,7 @@ def one_with_many_jobs(here: World) -> dict[str, tuple[int, str]]:
     outputs["resubmitted"] = here.submit("again", *QUIET)
     outputs["changed"] = here.submit("again", "levels.levels.slow.lr=0.001", "cluster.max_failures=0", *QUIET)
     outputs["nowhere"] = here.submit("nowhere", "data.prefix=s3://no-such-bucket/corpus", "cluster.max_failures=0")
+    outputs["relative"] = here.submit("relative", "checkpoint.url=runs/ckpt")
     return outputs
 
 
@@ -103,12 +104,26 @@ def test_a_run_of_another_config_is_not_resumed_under_the_same_name(runs):
     code, text = runs[1]["changed"]
     assert code != 0
     assert "levels.levels" in text and "0.001" in text
+    assert "Traceback" not in text
 
 
 def test_the_short_form_of_the_readme_works_from_the_repository_root(runs):
     here, outputs = runs
     assert "finished: " in outputs["again"][1]
     assert here.summary("again")["tokens"] == 60 * QUANTUM
+
+
+def test_a_relative_place_of_a_submitted_job_is_refused_with_what_to_write(runs):
+    code, text = runs[1]["relative"]
+    assert code != 0
+    assert "error: checkpoint.url='runs/ckpt': a relative path" in text
+    assert "write checkpoint.url=$PWD/runs/ckpt" in text and "Traceback" not in text
+
+
+def test_the_log_says_where_things_lie(runs):
+    here, outputs = runs
+    where = f"metrics in s3://nltrain-test/runs/again; metrics, plots and summary in {here.folder}/again"
+    assert where in outputs["again"][1]
 
 
 def test_bad_places_are_named_in_one_line(runs):

@@ -14,7 +14,7 @@ def drill(tmp_path_factory):
     with Drill(folder, num_nodes=3) as drill:
         yield drill
         owner_id = drill.owner.id
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 10 * drill.slowness
     while (left := owned(owner_id)) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not left, f"left behind: {left}"

@@ -1,6 +1,7 @@
 """A run on three raylets, by the commands a user types: it loses a node, gets it back, is stopped, resumed, and hangs.
 
-The story is lived through once; each test looks at one promise.
+The story is lived through once; each test looks at one promise. Bounds hold for two quiet cores; where the cluster took
+longer to start than it does there, they are longer by the same factor.
 """
 
 import signal
@@ -73,7 +74,7 @@ def story(drill):
 
 
 def test_a_lost_node_is_left_behind_within_a_minute(story):
-    assert story.recovered["first_step_s"] - story.killed_s <= 60
+    assert story.recovered["first_step_s"] - story.killed_s <= 60 * story.job.drill.slowness
     assert story.recovered["workers"] == 2
 
 
@@ -82,7 +83,7 @@ def test_at_most_one_checkpoint_interval_is_trained_again(story):
 
 
 def test_a_returned_node_is_taken_in_within_90_seconds_and_costs_no_token(story):
-    assert story.grown["first_step_s"] - story.added_s <= 90
+    assert story.grown["first_step_s"] - story.added_s <= 90 * story.job.drill.slowness
     assert story.grown["tokens_lost"] == 0
     assert story.grown["reason"] == "resized from 2 to 3 workers"
 
@@ -156,6 +157,9 @@ def test_a_deterministic_bug_stops_the_second_time_with_its_traceback(drill, tmp
     reason = next(line for line in reversed(job.log.splitlines()) if line.startswith("error: "))
     assert "ValueError: planted at step 7 (loop.py:" in reason
     assert "the same failure 2 times in a row without progress" in reason
+    status = read_status(str(job.output))
+    assert (status["state"], status["alive"]) == ("failed", False)
+    assert "ValueError: planted at step 7" in describe_status(status).splitlines()[0]
 
 
 def test_a_node_on_which_ranks_die_at_each_start_is_left_out_and_the_run_ends_right(drill, tmp_path):

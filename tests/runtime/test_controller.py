@@ -21,8 +21,8 @@ from ray.train.v2.api.preemption import PreemptionInfo
 
 from nltrain.runtime import controller
 from nltrain.runtime.failures import NodeLeaving, RankError
-from nltrain.runtime.sizes import Sizes
 from nltrain.runtime.probe import DeviceRefusedError
+from nltrain.runtime.sizes import Sizes
 
 
 def group(**failures):

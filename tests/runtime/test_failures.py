@@ -4,6 +4,7 @@ import pickle
 
 import pytest
 
+from nltrain.config import ConfigError
 from nltrain.runtime.config import ClusterConfig
 from nltrain.runtime.failures import MAX_SILENT, Failure, FailureLedger, NodeLeaving, RankError
 
@@ -105,3 +106,10 @@ def test_a_lost_peer_is_a_death_not_an_error_of_the_program():
 def test_a_ranks_error_survives_pickling():
     error = pickle.loads(pickle.dumps(caught(ValueError("a\nb"), 3, 17)))
     assert (error.rank, error.type_name, error.message, error.tokens) == (3, "ValueError", "a b", 17)
+
+
+def test_an_error_of_our_own_is_its_message_and_no_traceback():
+    own = caught(ConfigError("output=/x: cannot be written; name a folder"), 1, 512)
+    assert (own.text, str(own).startswith("ConfigError: output=/x: cannot be written")) == ("", True)
+    assert Failure.of_ranks({1: own}).traceback == ""
+    assert "Traceback" in caught(KeyError("a bug")).text

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from nltrain.cli import main
+from nltrain.data import open_store
 from nltrain.runtime.status import StatusError, describe_status, read_status
 from nltrain.track.events import put_event, read_events, reason_of
 from nltrain.track.goodput import goodput, stragglers
@@ -96,21 +97,56 @@ def test_the_rank_that_is_often_slowest_is_named():
     assert stragglers(rows) == [{"rank": 2, "share_of_rows": 0.5, "median_ratio": 1.5}]
 
 
+def begin(store, run, attempt):
+    store.put(f"{run}/attempts/{attempt:06d}.json", b"{}")
+
+
 def test_a_hang_explains_the_deaths_it_leads_to_and_old_events_do_not():
     store = MemoryStore()
+    begin(store, "r", 1)
     put_event(store, "r", "failure", "controller", reason="old")
-    since_s = time.time() + 0.001
-    time.sleep(0.005)
+    begin(store, "r", 2)
     hang = {"phase": "training", "stacks": "x.txt"}
     put_event(store, "r", "hang", "rank_0000", rank=0, silent_s=21.0, beats=7, process_state="S (sleeping)", **hang)
     put_event(store, "r", "hang", "rank_0001", rank=1, silent_s=20.0, beats=8, process_state="T (stopped)", **hang)
     put_event(store, "r", "failure", "controller", reason="rank 1 was lost")
-    found = read_events(store, "r", since_s)
+    found = read_events(store, "r", 2)
     assert len(found) == 3
     assert reason_of(found) == (
         "hang: rank 1 made no progress for 20 s while training (process T (stopped)); stacks in x.txt"
     )
     assert reason_of([]) == ""
+
+
+def test_events_belong_to_attempts_whatever_the_clocks_say(monkeypatch):
+    """The machine of attempt 2 is a day behind that of attempt 1."""
+    store = MemoryStore()
+    for attempt, now_s, reason in ((1, 200_000.0, "first"), (2, 113_600.0, "second")):
+        begin(store, "r", attempt)
+        monkeypatch.setattr(time, "time", lambda now_s=now_s: now_s)
+        put_event(store, "r", "failure", "controller", reason=reason)
+    assert [event["reason"] for event in read_events(store, "r")] == ["first", "second"]
+    assert [event["reason"] for event in read_events(store, "r", 2)] == ["second"]
+
+
+def test_events_of_before_they_had_an_attempt_are_the_oldest():
+    store = MemoryStore()
+    store.put("r/events/001700000000000-failure-controller.json", b'{"kind": "failure", "reason": "ancient"}')
+    begin(store, "r", 1)
+    put_event(store, "r", "failure", "controller", reason="new")
+    assert [event["reason"] for event in read_events(store, "r", 1)] == ["new"]
+
+
+def test_attempts_on_machines_whose_clocks_differ_follow_one_another():
+    """Attempt 2 begins, by its own clock, an hour before attempt 1 has ended."""
+    rows = [attempt(3700, 1, 0, 3695), *steps(3700, 1, 0, 10)]
+    rows += [attempt(125, 2, 50, 120, lost=50, reason="rank 1 was lost"), *steps(130, 2, 50, 10)]
+    rows += [row("end", 140, 2, 150, reason="finished")]
+    report = goodput(rows)
+    assert report["wall_s"] == pytest.approx(15 + 20)
+    assert report["restart_s"] == pytest.approx(10.0)
+    assert report["training_s"] + report["data_wait_s"] == pytest.approx(15.0)
+    assert report["accounted"] == 1.0
 
 
 def test_the_status_of_a_run_outlives_the_machine_that_wrote_it(tmp_path):
@@ -172,6 +208,18 @@ def test_a_slow_store_holds_nobody_up_and_gets_the_newest_of_each_key(capsys):
     assert puts == [("a", b"1"), ("a", b"3"), ("b", b"3")]
 
 
+def test_an_attempt_that_was_overtaken_publishes_nothing_more():
+    store, newest = MemoryStore(), [True]
+    publisher = Publisher(store, lambda: newest[0])
+    publisher.offer("r/status.json", lambda: b"mine")
+    while "r/status.json" not in store.objects:
+        time.sleep(0.01)
+    newest[0] = False
+    publisher.offer("r/status.json", lambda: b"too late")
+    publisher.close()
+    assert store.objects == {"r/status.json": b"mine"}
+
+
 def snapshot(tmp_path, **values):
     level = {"next_tick_tokens": 1536, "period_tokens": 512, "done": 2, "skipped": 0, "due": 2}
     whole = {"run": "r", "state": "training", "time_s": time.time(), "tokens": 1024, "total_tokens": 4096}
@@ -205,6 +253,60 @@ def test_status_says_when_a_run_has_fallen_silent(tmp_path):
     status = read_status(str(tmp_path))
     assert not status["alive"]
     assert "silent for 1:00:00" in describe_status(status)
+
+
+def run_of(tmp_path, *failures, attempts=1, **values):
+    """A run's folder and store, where the events of the last attempt are `failures`."""
+    store = open_store(str(tmp_path / "ck"))
+    for number in range(1, attempts + 1):
+        begin(store, "r", number)
+    for failure in failures:
+        put_event(store, "r", "failure", "controller", **failure)
+    snapshot(tmp_path, **values)
+    return store
+
+
+GAVE_UP = {"reason": "rank 0: ValueError: boom (no restart would cure it)", "final": True, "error_type": "ValueError"}
+
+
+@pytest.mark.parametrize("state", ["starting", "training"])
+def test_status_says_that_a_job_has_failed_and_why(tmp_path, state):
+    run_of(tmp_path, GAVE_UP, state=state)
+    status = read_status(str(tmp_path))
+    assert (status["state"], status["alive"]) == ("failed", False)
+    assert "run r: failed: rank 0: ValueError: boom" in describe_status(status)
+
+
+def test_a_failure_that_is_tried_again_is_none(tmp_path):
+    run_of(tmp_path, GAVE_UP | {"final": False})
+    assert read_status(str(tmp_path))["state"] == "training"
+
+
+def test_a_failure_before_the_newest_attempt_is_over(tmp_path):
+    begin(run_of(tmp_path, GAVE_UP), "r", 2)
+    assert read_status(str(tmp_path))["state"] == "training"
+
+
+def test_an_attempt_that_was_overtaken_has_not_failed_the_run(tmp_path):
+    run_of(tmp_path, GAVE_UP | {"error_type": "StaleAttemptError"}, attempts=2)
+    assert read_status(str(tmp_path))["state"] == "training"
+
+
+def test_a_run_that_ended_stays_so(tmp_path):
+    run_of(tmp_path, GAVE_UP, state="finished")
+    assert read_status(str(tmp_path))["state"] == "finished"
+
+
+def test_a_run_that_failed_before_its_first_status_has_one(tmp_path):
+    put_event(open_store(str(tmp_path / "ck")), "r", "failure", "controller", **GAVE_UP)
+    text = describe_status(read_status(str(tmp_path / "ck" / "r")))
+    assert "run r: failed: rank 0: ValueError: boom" in text and "checkpoint  none yet" in text
+
+
+def test_a_clock_that_is_ahead_makes_no_run_of_the_future(tmp_path):
+    snapshot(tmp_path, time_s=time.time() + 3600)
+    status = read_status(str(tmp_path))
+    assert status["age_s"] == 0 and status["alive"]
 
 
 def test_status_of_nothing_says_where_it_looked(tmp_path, capsys):

@@ -5,10 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from jobs.hope_tiny import config as tiny
 from nltrain.runtime.config import ClusterConfig
+from nltrain.runtime.failures import Failure, Verdict
+from nltrain.runtime.launch import _reason
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,3 +47,13 @@ def test_a_job_without_a_cluster_says_how_it_is_started():
     assert done.returncode == 1
     [line] = done.stderr.strip().splitlines()
     assert line.startswith("error: RAY_ADDRESS is not set: start this file with `ray job submit")
+
+
+def test_an_overtaken_job_is_not_told_to_be_submitted_again():
+    text = (
+        "rank 0: StaleAttemptError: attempt 1 of run r is stale: attempt 2 has begun; this process must stop (run.py:1)"
+    )
+    overtaken = (Failure("error", text, "StaleAttemptError"), Verdict(False, "no restart would cure it"))
+    reason = _reason(tiny, SimpleNamespace(verdict=overtaken), RuntimeError())
+    assert "attempt 2 has begun" in reason and "The newer attempt goes on" in reason
+    assert "submit the same job again" not in reason

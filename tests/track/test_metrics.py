@@ -1,6 +1,7 @@
 """What the rows of a run say, when attempts overlap."""
 
 import json
+import time
 
 import pytest
 
@@ -51,6 +52,22 @@ def test_a_line_torn_by_a_kill_is_left_out(tmp_path):
     with log.path.open("a") as file:
         file.write('{"kind": "step", "tok')
     assert [row["kind"] for row in read_rows(tmp_path)] == ["attempt"]
+
+
+def test_rows_are_ordered_by_attempt_whatever_the_clocks_say(tmp_path, monkeypatch):
+    """Attempt 2 runs on a machine that is a day behind; the planted fault was noted on a third one, a day ahead."""
+    for attempt, now_s in ((1, 200_000.0), (2, 113_600.0)):
+        monkeypatch.setattr(time, "time", lambda now_s=now_s: now_s)
+        log = MetricsLog(tmp_path, attempt)
+        log.log("attempt", 0, workers=1, tokens_lost=0)
+        log.log("step", 100 * attempt, step_tokens=100, seconds=0.5, data_wait_s=0.0, loss=1.0, level_updates={})
+        log.close()
+    monkeypatch.setattr(time, "time", lambda: 300_000.0)
+    log_fault(tmp_path, signal="SIGKILL", rank=0, pid=1, tokens=100)
+    assert [row.get("attempt") for row in read_rows(tmp_path)] == [None, 1, 1, 2, 2]
+    summary = summarise(read_rows(tmp_path))
+    assert summary["seconds"] == 0
+    assert (summary["kills"], summary["tokens"]) == (1, 200)
 
 
 def test_a_run_without_steps_has_no_summary():

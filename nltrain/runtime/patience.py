@@ -1,0 +1,61 @@
+"""Lets Ray take as long to start as a busy machine needs: Ray itself gives a node 30 s to come up, then ends.
+
+Run as a file in the place of the `ray` command; or `be_patient` before `ray.init` in this process. The wait goes on
+while the node's raylet lives, is said every SAY_EVERY_S, and ends after LIMIT_S. Imports nothing of this package, and
+one private name of Ray: services.get_node, which is asked until the new node is listed.
+
+    python patience.py start --head ...
+"""
+
+import sys
+import time
+from typing import Any
+
+LIMIT_S = 900.0
+SAY_EVERY_S = 20.0
+
+
+def be_patient(limit_s: float = LIMIT_S) -> None:
+    """From now on this process waits for Ray's node for up to `limit_s`; harmless when called twice."""
+    from ray._private import services
+
+    if getattr(services.get_node, "is_patient", False):
+        return
+    ask = services.get_node
+
+    def get_node(*arguments: Any, **options: Any) -> Any:
+        began_s = said_s = time.monotonic()
+        while True:
+            try:
+                return ask(*arguments, **options)
+            except RuntimeError:
+                now_s = time.monotonic()
+                if now_s - began_s > limit_s or not _raylet_lives():
+                    raise
+                if now_s - said_s > SAY_EVERY_S:
+                    said_s = now_s
+                    print(f"Ray is starting, {now_s - began_s:.0f} s so far: the machine is busy", flush=True)
+                time.sleep(0.3)
+
+    get_node.is_patient = True  # type: ignore[attr-defined]
+    services.get_node = get_node
+
+
+def _raylet_lives() -> bool:
+    """Whether a raylet runs below this process."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.name().startswith("raylet") and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            continue
+    return False
+
+
+if __name__ == "__main__":
+    be_patient()
+    from ray.scripts.scripts import main
+
+    sys.exit(main())
