@@ -39,6 +39,7 @@ SMALL = {
     "model.num_layers": 1,
     "model.head_dim": 16,
     "model.memory_hidden": 16,
+    "model.cms_hidden": 96,
     "model.vocab_size": VOCAB_SIZE,
     "data.seq_len": SEQ_LEN,
     "levels.quantum_tokens": QUANTUM,

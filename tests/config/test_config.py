@@ -58,13 +58,13 @@ def test_numbers_tuples_and_names_are_read_as_a_person_writes_them():
         (["output=runs/x"], ("output", "runs/x", "absolute")),
         (["levels.levels.slow.period_tokens=1000", "levels.quantum_tokens=2048"], ("slow", "1000", "2048")),
         (["levels.levels.slow.zero_stage=0"], ("zero_stage", "0", "choose 1, 2 or 3")),
-        (["cluster.max_workers=64"], ("8 sequences", "64")),
-        (["train.total_tokens=100"], ("train.total_tokens=100", "2048")),
-        (["checkpoint.every_tokens=3000", "levels.fold_every_tokens=3000"], ("checkpoint.every_tokens=3000", "2048")),
-        (["levels.fold_every_tokens=6144"], ("levels.fold_every_tokens=6144", "checkpoint.every_tokens")),
+        (["cluster.max_workers=64"], ("4 sequences", "64")),
+        (["train.total_tokens=100"], ("train.total_tokens=100", "4096")),
+        (["checkpoint.every_tokens=6000", "levels.fold_every_tokens=6000"], ("checkpoint.every_tokens=6000", "4096")),
+        (["levels.fold_every_tokens=12288"], ("levels.fold_every_tokens=12288", "checkpoint.every_tokens")),
         (["levels.fold_every_tokens=none"], ("levels.fold_every_tokens=None", "checkpoint.every_tokens")),
-        (["train.total_tokens=1e6"], ("levels.schedule.total_tokens=1228800", "train.total_tokens=1000000")),
-        (["data.seq_len=300"], ("2048", "300")),
+        (["train.total_tokens=1e6"], ("levels.schedule.total_tokens=1843200", "train.total_tokens=1000000")),
+        (["data.seq_len=300"], ("4096", "300")),
         (["model.width=100"], ("head_dim", "100")),
     ],
 )
@@ -84,11 +84,11 @@ def test_an_unknown_field_of_a_stored_config_is_named():
 
 def test_the_resolved_config_lists_every_field():
     text = describe(config_of("jobs.hope_tiny"))
-    for name in ("levels.levels.slow.period_tokens = 32768", "train.seed = 0", 'model.family = "hope"'):
+    for name in ("levels.levels.slow.period_tokens = 65536", "train.seed = 0", 'model.family = "hope"'):
         assert name in text
 
 
 def test_the_fold_may_be_finer_than_the_saves_and_saves_may_be_by_the_clock_alone():
-    fine = override(config_of("jobs.hope_tiny"), ["levels.fold_every_tokens=2048", "checkpoint.every_minutes=15"])
+    fine = override(config_of("jobs.hope_tiny"), ["levels.fold_every_tokens=4096", "checkpoint.every_minutes=15"])
     assert fine.checkpoint.every_tokens % fine.levels.fold_every_tokens == 0
     override(fine, ["checkpoint.every_tokens=0"])

@@ -28,6 +28,7 @@ SMALL = (
     "model.num_layers=1",
     "model.head_dim=16",
     "model.memory_hidden=16",
+    "model.cms_hidden=96",
     f"data.seq_len={SEQ_LEN}",
     f"levels.quantum_tokens={QUANTUM}",
     f"levels.levels.base.period_tokens={QUANTUM}",

@@ -318,7 +318,7 @@ def test_status_of_nothing_says_where_it_looked(tmp_path, capsys):
 
 def test_an_unknown_command_names_those_there_are(capsys):
     assert main(["stauts"]) == 2
-    assert "status, list, verify, export, plan" in capsys.readouterr().err
+    assert "status, list, verify, export, sizes, doctor, plan" in capsys.readouterr().err
 
 
 def test_plan_shows_a_job_without_a_cluster(capsys):

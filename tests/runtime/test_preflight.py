@@ -77,7 +77,7 @@ def test_a_run_with_all_it_needs_is_let_through(data, tmp_path):
 
 def test_an_empty_validation_split_is_refused_before_the_run(data, tmp_path):
     with pytest.raises(
-        ConfigError, match=r"train\.validation_sequences=64: .*'validation' holds no.*=0 to train without"
+        ConfigError, match=r"train\.validation_sequences=24: .*'validation' holds no.*=0 to train without"
     ):
         check_run_can_start(run(tmp_path, data / "0.0"))
 
