@@ -8,7 +8,7 @@ relative path is refused with the form to write instead. Knows no storage: stand
 import os
 import re
 from typing import NamedTuple
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 SUBMITTED_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray's job server sets it for the process that it starts."""
@@ -103,7 +103,30 @@ def join_url(url: str, *names: str) -> str:
     return url
 
 
+def split_url(url: str) -> tuple[str, str]:
+    """(URL of the folder, last name) of what lies in a folder: the inverse of join_url."""
+    folder, _, name = url.removesuffix("/").rpartition("/")
+    # A slash that belongs to the folder's key is followed by the one that ends its URL.
+    is_key = folder.endswith("/") and isinstance(parse_place(folder), S3Place)
+    return f"{folder}/" if is_key else folder, name
+
+
+def as_uri(url: str) -> str:
+    """The URL for a library that parses it as a URI (Arrow, and with it Ray): the key's characters quoted.
+
+    Raises PlaceError for a key with an empty part: Arrow has no way to write one.
+    """
+    place = parse_place(url)
+    if not isinstance(place, S3Place):
+        return url
+    if "//" in f"/{place.prefix}/":
+        raise PlaceError(f"{url}: a run cannot lie below a key with // in it, which Ray cannot write: leave one / out")
+    return f"s3://{place.bucket}/{quote(place.prefix)}"
+
+
 def shown(text: str) -> str:
     """`text` for a message: one line that any terminal takes (control characters and broken UTF-8 are escaped)."""
+    if text.isprintable():
+        return text
     clean = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in clean)

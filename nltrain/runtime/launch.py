@@ -21,6 +21,7 @@ from nltrain.checkpoint.catalog import attempts
 from nltrain.checkpoint.errors import CheckpointError
 from nltrain.config import RunConfig, describe, override, to_dict
 from nltrain.data import DataError, StoreError, join_url, open_store
+from nltrain.places import as_uri
 from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
 from nltrain.runtime.environment import print_anything, why_unreachable
 from nltrain.runtime.preflight import (
@@ -109,7 +110,7 @@ def launch(config: RunConfig) -> dict[str, Any]:
             # A name of its own each time: Ray would otherwise resume its view of an earlier job.
             name=f"ray_train-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
             # Every node has to reach it; the only place of which that is certain is where the checkpoints go.
-            storage_path=join_url(config.checkpoint.url, config.name),
+            storage_path=as_uri(join_url(config.checkpoint.url, config.name)),
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             worker_runtime_env={"env_vars": _worker_environment(cluster)},
             callbacks=[SaveOnSigterm()],

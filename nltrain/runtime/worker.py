@@ -23,6 +23,7 @@ from typing import Any
 
 from nltrain.config import RunConfig, from_dict
 from nltrain.data import join_url
+from nltrain.places import as_uri
 from nltrain.runtime.failures import NodeLeaving, RankError
 from nltrain.runtime.watchdog import HEART, HEART_BYTES, Watch
 from nltrain.track.supervision import SLOW_PHASES, Wish
@@ -122,7 +123,7 @@ def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
         left, tokens = result.get("left", "finished"), result.get("tokens", supervision.tokens)
         url = join_url(config.checkpoint.url, config.name, "checkpoints", result["checkpoint"])
         if left in ("finished", "stopped"):
-            register_with_ray(url, {"tokens": tokens})
+            register_with_ray(as_uri(url), {"tokens": tokens})
     except Exception as error:
         found = RankError.of(error, rank, supervision.tokens)
         # Ray shows the traceback of one rank only, and late; the job's log gets each one now, where it tells something.
