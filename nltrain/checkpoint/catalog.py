@@ -27,6 +27,7 @@ from nltrain.checkpoint.manifest import (
 from nltrain.checkpoint.tree import canonical_json
 from nltrain.data.probe import check_atomic_create
 from nltrain.data.store import Store, StoreError, open_store
+from nltrain.places import split_url
 
 log = logging.getLogger(__name__)
 _CLAIM = re.compile(r"(\d{6,})\.json")
@@ -249,7 +250,7 @@ def split_resume_url(text: str) -> tuple[Store, str, int | None]:
     url, at, number = text.rpartition("@")
     if not (at and number.isdigit()):
         url, number = text, ""
-    parent, _, run = url.rstrip("/").rpartition("/")
+    parent, run = split_url(url)
     if not parent or not run:
         raise MismatchError(
             f"checkpoint.resume={text!r} is no URL[@tokens] of a run's folder, such as s3://b/runs/x@1000"

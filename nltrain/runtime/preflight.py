@@ -13,7 +13,7 @@ from nltrain.checkpoint.manifest import check_run
 from nltrain.config import ConfigError, RunConfig, check_vocabulary
 from nltrain.data import DataError, join_url, open_plan, open_store
 from nltrain.data.probe import check_atomic_create
-from nltrain.places import S3Place, absolute_place, parse_place
+from nltrain.places import S3Place, absolute_place, as_uri, parse_place
 
 FOLDERS = ("output", "data.cache_dir", "track.wandb_dir")
 """Fields that name a folder on a machine of the run, never a URL."""
@@ -90,9 +90,10 @@ def check_shared(config: RunConfig, num_nodes: int) -> str:
 
 def check_run_can_start(config: RunConfig) -> None:
     """Data and checkpoints can be reached, and what the run will need is there: better told here, in one line, than by
-    every rank, or after hours. Raises ConfigError, DataError, StoreError or CheckpointError.
+    every rank, or after hours. Raises ConfigError, PlaceError, DataError, StoreError or CheckpointError.
     """
     check_run(config.name)
+    as_uri(join_url(config.checkpoint.url, config.name))  # Ray keeps its own notes there
     check_vocabulary(config, open_plan(config.data).vocab_size)
     check_atomic_create(open_store(config.checkpoint.url), f"{config.name}/attempts")
     _check_validation(config)

@@ -14,6 +14,7 @@ from typing import Any
 from nltrain.checkpoint import CheckpointError
 from nltrain.checkpoint.catalog import list_checkpoints
 from nltrain.data import MissingObjectError, StoreError, open_store
+from nltrain.places import split_url
 from nltrain.track.events import newest_attempt, read_events
 from nltrain.track.progress import duration
 from nltrain.track.status import EVERY_S, KEY
@@ -65,7 +66,7 @@ def _why_failed(store: Any, run: str) -> str:
 
 def _before_the_first_snapshot(url: str) -> dict[str, Any]:
     """What is known of a run at CHECKPOINT_URL/NAME that has written no status: why it failed. Raises StatusError."""
-    parent, _, run = url.rstrip("/").rpartition("/")
+    parent, run = split_url(url)
     if parent and (events := read_events(open_store(parent), run)):
         levels: dict[str, Any] = {}
         known = {"tokens": 0, "total_tokens": 0, "attempt": 0, "workers": 0, "attempts": [], "levels": levels}
