@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nltrain.levels.guard import COUNTS, HISTORY, NOT_FINITE, SPIKE, LossGuard, judge_ranks
 from nltrain.levels.ledger import Ledger
@@ -226,6 +227,11 @@ def test_a_spike_leaves_out_the_ranks_that_make_it_and_all_where_a_few_do_not_ex
     assert left_out(table) == {0: SPIKE}
     assert left_out(torch.zeros(64, 3, dtype=torch.float64)) == {}
     assert not judge_ranks(rows(1e9), torch.tensor(torch.inf, dtype=torch.float64)).any()
+
+
+def test_the_verdict_reads_nothing_on_the_host():
+    with FakeTensorMode():  # raises where a value would have to be known
+        assert judge_ranks(torch.zeros(64, 3, dtype=torch.float64), torch.ones((), dtype=torch.float64)).shape == (64,)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
