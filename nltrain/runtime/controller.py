@@ -157,7 +157,8 @@ class JudgedFailures(FailurePolicy):
             # The rank is dead; what its watchdog says of that comes later than what it said before.
             since_s = max(self.placed_s, time.time() - STUCK_BEFORE_S)
             hang = behind(read_events(self._store(), self.config.name, since_s, ("hang", "stuck")), killed=True)
-        except StoreError:
+        except StoreError as error:
+            print(f"whether this was a hang could not be read, lost ranks are taken for the cause: {error}", flush=True)
             hang = None
         if hang is not None:
             ranks = (hang["rank"],)
