@@ -85,7 +85,7 @@ def scheduled_s() -> float:
 def steps_of(seconds: float, tensor: torch.Tensor) -> tuple[float, float]:
     """(mean seconds of a step, share of the time in which the loop waited for the interpreter)."""
     steps, started, before_s = 0, time.perf_counter(), scheduled_s()
-    while time.perf_counter() < started + seconds:
+    while not steps or time.perf_counter() < started + seconds:
         for _ in range(OPERATIONS):
             tensor.add_(1.0)
         steps += 1

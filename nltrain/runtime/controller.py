@@ -160,7 +160,8 @@ class JudgedFailures(FailurePolicy):
             since_s = max(self.placed_s, time.time() - STUCK_BEFORE_S)
             events = read_events(self._store(), self.config.name, since_s=since_s, kinds=("hang", "stuck"))
             hang = behind(events, killed=True)
-        except StoreError:
+        except StoreError as error:
+            print(f"whether this was a hang could not be read, lost ranks are taken for the cause: {error}", flush=True)
             hang = None
         if hang is not None:
             ranks = (hang["rank"],)

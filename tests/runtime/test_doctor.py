@@ -25,8 +25,11 @@ def test_the_doctor_looks_at_every_node_and_says_what_it_cannot_see(drill):
     levels = {check: each["level"] for check, each in found.items()}
     for check in ("driver", "devices", "fabric", "transport"):
         assert levels[check] == "not applicable"
-    for check in ("versions", "clocks", "link", "store"):
+    for check in ("versions", "clocks", "link"):
         assert levels[check] == "ok", found[check]
+    # How fast an S3 server on busy cores is says nothing about the doctor: slow is a warning.
+    assert levels["store"] in ("ok", "warning"), found["store"]
+    assert "put, get, list, delete" in found["store"]["text"]
     alive = 1 + sum(node.alive for node in drill.nodes)
     assert f"on all {alive} nodes" in found["versions"]["text"]
     assert f"all-reduce over {alive} ranks on {alive} nodes" in found["link"]["text"]
