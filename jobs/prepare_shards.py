@@ -111,6 +111,9 @@ def main() -> int:
     except (ConfigError, PlaceError, DataError, StoreError, OwnRayError, EnvironmentRefusedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: the same command does the rest", file=sys.stderr)
+        return 130
     for name, split in manifest.splits.items():
         report(f"{name}: {split.num_tokens} tokens, {split.num_documents} documents, {split.num_sequences} sequences")
     counts = {name: manifest.report[name] for name in ("tokens_in", "tokens_out", "records_in", "dropped_records")}

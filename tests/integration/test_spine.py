@@ -6,7 +6,7 @@ import pytest
 
 from nltrain.runtime.demo import kill_one_rank_half_way
 from nltrain.track.metrics import effective, read_rows
-from tests.integration.support import QUANTUM, World, world
+from tests.integration.support import BUCKET, QUANTUM, World, world
 
 QUIET = ("track.wandb=off",)  # each start of W&B takes seconds, and one run shows it
 
@@ -27,7 +27,8 @@ def one_with_a_kill(here: World) -> dict[str, tuple[int, str]]:
     """A run, and the same with one rank killed half way."""
     outputs = {"undisturbed": here.submit("undisturbed")}
     with kill_one_rank_half_way(here.folder / "killed"):
-        outputs["killed"] = here.submit("killed")
+        # Below a key that is no plain URI, which Ray has to reach as well.
+        outputs["killed"] = here.submit("killed", f"checkpoint.url=s3://{BUCKET}/runs #1?x=50%")
     return outputs
 
 
