@@ -18,6 +18,7 @@ from nltrain.data.shards import MemberView, Sequence, ShardIndex
 from nltrain.data.store import Store, join_url, open_store
 from nltrain.data.tokenizer import tokenizer_from_bytes
 
+INDEX_TRANSFERS = 3
 INDEXES_HELD = 256
 
 
@@ -71,9 +72,10 @@ class TokenDataset:
         index = self._indexes.get(shard)
         if index is None:
             line = self.shards[shard]
-            data = self.store.get(line.index_key)
-            if hashlib.sha256(data).hexdigest() != line.index_sha256:
-                data = self.store.get(line.index_key)  # damaged on its way, perhaps
+            for _ in range(INDEX_TRANSFERS):  # damaged on its way, perhaps: as often as a shard
+                data = self.store.get(line.index_key)
+                if hashlib.sha256(data).hexdigest() == line.index_sha256:
+                    break
             index = ShardIndex.parse(data, join_url(self.url, line.index_key), line.index_sha256)
             with self._indexes_lock:  # readers are threads
                 self._indexes[shard] = index
