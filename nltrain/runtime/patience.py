@@ -21,7 +21,7 @@ def be_patient(limit_s: float = LIMIT_S) -> None:
 
     if getattr(services.get_node, "is_patient", False):
         return
-    ask = services.get_node
+    ask, others = services.get_node, _raylets()  # of other clusters that this process has started
 
     def get_node(*arguments: Any, **options: Any) -> Any:
         began_s = said_s = time.monotonic()
@@ -30,7 +30,7 @@ def be_patient(limit_s: float = LIMIT_S) -> None:
                 return ask(*arguments, **options)
             except RuntimeError:
                 now_s = time.monotonic()
-                if now_s - began_s > limit_s or not _raylet_lives():
+                if now_s - began_s > limit_s or not _raylets() - others:
                     raise
                 if now_s - said_s > SAY_EVERY_S:
                     said_s = now_s
@@ -41,17 +41,18 @@ def be_patient(limit_s: float = LIMIT_S) -> None:
     services.get_node = get_node
 
 
-def _raylet_lives() -> bool:
-    """Whether a raylet runs below this process."""
+def _raylets() -> set[int]:
+    """The pids of the raylets that run below this process."""
     import psutil
 
+    found = set()
     for process in psutil.Process().children(recursive=True):
         try:
             if process.name().startswith("raylet") and process.status() != psutil.STATUS_ZOMBIE:
-                return True
+                found.add(process.pid)
         except psutil.NoSuchProcess:
             continue
-    return False
+    return found
 
 
 if __name__ == "__main__":

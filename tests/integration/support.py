@@ -21,7 +21,7 @@ from nltrain.runtime.processes import Owner, wait_gone
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "nltrain-test"
 SEQ_LEN = 1024
-QUANTUM = 5 * SEQ_LEN  # two ranks, 3 and 2 sequences
+QUANTUM = 3 * SEQ_LEN  # two ranks, 2 and 1 sequences
 SMALL = (
     "model.vocab_size=512",
     "model.width=32",
@@ -41,7 +41,7 @@ SMALL = (
     f"checkpoint.every_tokens={10 * QUANTUM}",
     f"train.total_tokens={60 * QUANTUM}",
     f"train.validate_every_tokens={30 * QUANTUM}",
-    "train.validation_sequences=15",
+    "train.validation_sequences=5",
     "train.sample_tokens=8",
     "train.micro_batch_size=3",
     "track.log_every_quanta=1",

@@ -219,4 +219,4 @@ def test_a_state_of_another_plan_is_refused(case):
     messages = case(2, "misfits")
     assert "['base']" in messages["levels"] and "'slow'" in messages["levels"]
     assert "not a multiple of quantum_tokens" in messages["quantum"]
-    assert "fewer than 2 ranks: raise it to at least 16" in messages["small"]
+    assert "fewer than 2 ranks. Raise it to at least 16" in messages["small"]

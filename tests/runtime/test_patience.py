@@ -19,13 +19,19 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def raylet(tmp_path):
-    """A process of that name below this one."""
+def start_raylet(tmp_path):
+    """Starts a process of that name below this one; clusters of other tests may have theirs."""
     shutil.copy(shutil.which("sleep"), tmp_path / "raylet")
-    process = subprocess.Popen([tmp_path / "raylet", "60"])
-    yield process
-    process.kill()
-    process.wait()
+    started = []
+
+    def start():
+        started.append(subprocess.Popen([tmp_path / "raylet", "60"]))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def listed_after(seconds):
@@ -40,18 +46,20 @@ def listed_after(seconds):
     return get_node
 
 
-def test_a_node_is_waited_for_as_long_as_its_raylet_lives_and_the_wait_is_said(raylet, monkeypatch, capsys):
+def test_a_node_is_waited_for_as_long_as_its_raylet_lives_and_the_wait_is_said(start_raylet, monkeypatch, capsys):
     monkeypatch.setattr(services, "get_node", listed_after(1.0))
     monkeypatch.setattr(patience, "SAY_EVERY_S", 0.2)
     patience.be_patient()
     patience.be_patient()
+    start_raylet()
     assert services.get_node("here", "n1") == {"node_id": "n1", "address": "here"}
     assert "Ray is starting, " in capsys.readouterr().out
 
 
-def test_a_node_whose_raylet_has_ended_is_not_waited_for(raylet, monkeypatch):
+def test_a_node_whose_raylet_has_ended_is_not_waited_for(start_raylet, monkeypatch):
     monkeypatch.setattr(services, "get_node", listed_after(30.0))
     patience.be_patient()
+    raylet = start_raylet()
     raylet.kill()
     raylet.wait()
     began_s = time.monotonic()
@@ -60,9 +68,10 @@ def test_a_node_whose_raylet_has_ended_is_not_waited_for(raylet, monkeypatch):
     assert time.monotonic() - began_s < 10
 
 
-def test_the_wait_has_an_end(raylet, monkeypatch):
+def test_the_wait_has_an_end(start_raylet, monkeypatch):
     monkeypatch.setattr(services, "get_node", listed_after(30.0))
     patience.be_patient(limit_s=0.5)
+    start_raylet()
     with pytest.raises(RuntimeError, match="No node found"):
         services.get_node("here", "n1")
 
