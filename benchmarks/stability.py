@@ -1,11 +1,15 @@
 """Does any text break the default memories? A grid at initialisation, the same after training, and training itself.
 
-    python -m benchmarks.stability [--json] [--quick] [--only grid trained training] [--lengths T ...] [--chunks C ...]
-                                   [--widths D ...] [--jobs N] [--out DIR] [--rule FIELD=VALUE ...] [--no-compile]
+    python -m benchmarks.stability [--json] [--quick] [--only grid attack trained training] [--lengths T ...]
+                                   [--chunks C ...]
+[--widths D ...] [--jobs N] [--out DIR] [--rule FIELD=VALUE ...] [--no-compile]
 
 grid: 13 texts (benchmarks/_texts.py) x 3 alphas x 3 seeds at each chunk length, head width and sequence length, eta at
 0.98 of its cap. A case is one text, alpha and seed. It fails when an output, a state or a gradient is not finite, or
 when |dW| / |W| exceeds 1 anywhere along the sequence. A part of it also runs with bf16 inputs.
+attack: gradient ascent on the inputs of the memories themselves (k, v, q, gates) makes them grow as far as it can, from
+weights as small as at initialisation and larger than training makes them. A case is one matrix size, chunk and seed. It
+fails when something is not finite, or when a matrix moves further than `kernels.rule.largest_change` allows.
 trained: a one-layer model after 2,000 steps of 2,048 tokens, on the same texts, as trained and with eta pushed to 0.98
 of its cap. Chunks of 1 use the weights trained at 16, because 2,048 sequential steps per token string take too long.
 training: 300 steps at 1,024, 2,048 and 4,096 tokens, 3 seeds, chunks of 16 and 64; every loss and every gradient must
@@ -34,12 +38,14 @@ from benchmarks._texts import TEXTS, VOCAB, text
 from benchmarks.small_lm import corpus, windows
 from kernels import Inputs, MemoryRule, MemoryState
 from kernels.chunk import self_modify
+from kernels.rule import largest_change
 from kernels.state import gate_bias
 from nltrain.config import override
 from nltrain.model import LanguageModel, ModelConfig, build, preset
 from nltrain.model.packing import Packing
 from nltrain.model.parts import MemoryHolder
 
+PARTS = ("grid", "attack", "trained", "training")
 CHUNKS, WIDTHS, LENGTHS = (1, 16, 64, 256), (32, 128), (4096, 32768)
 ALPHAS, NUM_SEEDS, ETA_SHARE, BOUND = (0.99, 0.999, 0.9999), 3, 0.98, 1.0
 ROWS = 4  # texts at a time: what fits 6 GB at 32,768 tokens and heads of 128
@@ -48,6 +54,9 @@ BFLOAT16_PART = ((16, 4096), (64, 4096))  # (chunk, length) that also run with b
 TRAINED_STEPS, TRAINED_LENGTH, TRAINED_CHUNKS = 2000, 2048, (16, 64, 256)
 TRAINING_STEPS, TRAINING_LENGTHS, TRAINING_CHUNKS = 300, (1024, 2048, 4096), (16, 64)
 LR = 3e-3
+ATTACK_STEPS, ATTACK_TOKENS, ATTACK_CHUNKS = 100, 512, (1, 16, 64)
+# (w1_std, w2_scale): at initialisation; what 600 steps of small_lm reach; four times that.
+ATTACK_SIZES = ((0.02, 1.0), (0.15, 1.2), (0.6, 4.0))
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,53 @@ def run_cell(cell: Cell) -> dict:
     }
 
 
+def attack(
+    rule: MemoryRule, head_dim: int, w1_std: float, w2_scale: float, seed: int, num_steps: int, num_tokens: int
+) -> dict[str, Any]:
+    """Ascends log |dW| of every memory by the inputs of one layer; stops where something is not finite.
+
+    Returns `finite`, `ratio` (largest |dW| / |W| of a memory's W2 in any step) and `over_limit`, the largest |dW| of
+    any matrix over `largest_change`.
+    """
+    torch.manual_seed(seed)
+    model = build(replace(config_of(rule, head_dim, 2, 0.999), w1_std=w1_std, w2_scale=w2_scale))
+    push_gates(model, [0.999, 0.999])
+    mixer = model.blocks[0].mixer
+    with torch.no_grad():
+        initial = MemoryHolder.pack(mixer.memories())  # type: ignore[operator]
+    shape = (1, num_tokens, 2, head_dim)
+    leaves = [torch.randn(shape).requires_grad_() for _ in range(4)]
+    optimizer = torch.optim.Adam(leaves, lr=0.1)
+    rows = [rule.rows(name, head_dim, head_dim) for name in rule.full_names + rule.gate_names]
+    start = torch.stack([initial.weights.w2[:, r].square().sum((-1, -2)) for r in rows]).detach()
+    found: dict[str, Any] = {"finite": True, "ratio": 0.0, "over_limit": 0.0}
+    for _ in range(num_steps):
+        goal, state = torch.zeros(()), None
+        for begin in range(0, num_tokens, 64):
+            part = Inputs(*(x[:, begin : begin + 64] for x in leaves), None)  # type: ignore[arg-type]
+            out, state = self_modify(part, initial, rule, state)
+            size = torch.stack([state.run.w2[0][:, r].square().sum((-1, -2)) for r in rows])
+            goal = goal + (size / start + 1e-6).log().mean()
+            found["ratio"] = max(found["ratio"], (size / start).max().sqrt().item())
+            limit = largest_change(rule, begin + 64)
+            for moved in state.run.map(lambda w: w.detach().square().sum((-1, -2) if w.dim() > 4 else -1).max()):
+                if moved is not None:
+                    found["over_limit"] = max(found["over_limit"], moved.sqrt().item() / limit)
+        optimizer.zero_grad()
+        (out.square().mean() - goal).backward()
+        if not all(x.isfinite().all() for x in (out, *(leaf.grad for leaf in leaves))):  # type: ignore[union-attr]
+            return found | {"finite": False}
+        optimizer.step()
+    return found
+
+
+def run_attack(rule: MemoryRule, w1_std: float, w2_scale: float, seed: int, num_steps: int, num_tokens: int) -> dict:
+    """`attack` as a run of this benchmark."""
+    found = attack(rule, 32, w1_std, w2_scale, seed, num_steps, num_tokens)
+    failed = [] if found["finite"] and found["over_limit"] <= 1 else [json.dumps(found)]
+    return {"cases": 1, "failed": failed, **found}
+
+
 def _compile(model: LanguageModel, wanted: bool) -> None:
     for block in model.blocks:
         block.mixer.compile_backend = "inductor" if wanted else None  # type: ignore[assignment, union-attr]
@@ -234,6 +290,14 @@ def all_runs(args: argparse.Namespace, rule: MemoryRule) -> list[Run]:
                         settings = {"model": settings_of(config_of(cell.rule, width, 9)), "tokens": length,
                                     "texts": list(cell.texts), "bfloat16": low}  # fmt: skip
                         runs.append(Run(cell.name, settings, partial(run_cell, cell)))
+    for chunk in [c for c in args.chunks if c in ATTACK_CHUNKS] if "attack" in args.only else ():
+        for w1_std, w2_scale in ATTACK_SIZES:
+            for seed in range(NUM_SEEDS):
+                own = at_chunk(rule, chunk)
+                settings = {"model": settings_of(config_of(own, 32, 2)), "w1_std": w1_std, "w2_scale": w2_scale,
+                            "seed": seed, "steps": args.attack_steps, "tokens": args.attack_tokens}  # fmt: skip
+                work = partial(run_attack, own, w1_std, w2_scale, seed, args.attack_steps, args.attack_tokens)
+                runs.append(Run(f"attack-c{chunk}-w{w2_scale:g}-{seed}", settings, work))
     for chunk in [c for c in args.chunks if c in TRAINED_CHUNKS] if "trained" in args.only else ():
         own = at_chunk(rule, chunk)
         settings = {"model": settings_of(config_of(own, 32, 2)), "steps": args.trained_steps, "lengths": args.lengths}
@@ -254,8 +318,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="the grid at 512 tokens, two training steps, nothing kept")
-    parser.add_argument("--only", nargs="+", default=["grid", "trained", "training"],
-                        choices=["grid", "trained", "training"], help="parts to run")  # fmt: skip
+    parser.add_argument("--only", nargs="+", default=list(PARTS), choices=PARTS, help="parts to run")  # fmt: skip
     parser.add_argument("--chunks", nargs="+", type=int, default=list(CHUNKS), help="tokens per chunk")
     parser.add_argument("--widths", nargs="+", type=int, default=list(WIDTHS), help="head widths of the grid")
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), help="tokens per sequence")
@@ -267,9 +330,11 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(1)
     scratch = tempfile.TemporaryDirectory()
+    args.attack_steps, args.attack_tokens = ATTACK_STEPS, ATTACK_TOKENS
     args.trained_steps, args.training_steps, args.training_lengths = TRAINED_STEPS, TRAINING_STEPS, TRAINING_LENGTHS
     if args.quick:
         args.trained_steps, args.training_steps, args.training_lengths = 2, 2, TRAINING_LENGTHS[:1]
+        args.attack_steps, args.attack_tokens = 2, 128
         args.out, args.lengths, args.chunks, args.widths = Path(scratch.name), [512], [16, 64], [32]
         args.compile = False
     runs = all_runs(args, parse_rule(args.rule))

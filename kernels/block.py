@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.layout import RowMask
-from kernels.ops import activate, activation_pair, l2norm, products, solve_systems, unit_and_length
+from kernels.ops import activate, activation_pair, l2norm, products, soft_bound, solve_systems, unit_and_length
 from kernels.rule import GATES, MemoryRule
 from kernels.state import Initial, Weights
 
@@ -287,7 +287,17 @@ class BlockStep:
         if gate_error is not None:
             parts.append((gate_error.unsqueeze(-1) * snap.g1.unsqueeze(1)).flatten(2) if self.mlp else gate_error)
         gradient = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        return gradient * slope if self.mlp else gradient
+        gradient, bound = gradient * slope if self.mlp else gradient, self.rule.gradient_bound
+        if bound is None:
+            return gradient
+
+        def bounded(rows: Tensor, width: int) -> Tensor:  # a memory's rows together; keys have unit length
+            return soft_bound(rows.unflatten(-1, (-1, width)), bound).flatten(-2)
+
+        if self.width == self.gate_width or gate_error is None:
+            return bounded(gradient, self.width)
+        full, gates = gradient.split([self.full_rows, self.gate_rows], -1)
+        return torch.cat([bounded(full, self.width), bounded(gates, self.gate_width)], -1)
 
     def _made(self, snap: Weights, name: str, x: Tensor) -> Tensor:
         """M_name(x), or x where that memory does not exist."""
@@ -360,21 +370,25 @@ class BlockStep:
     def _output_sides(self, at_k: Tensor, error: Tensor, gate_error: Any) -> list[tuple[Tensor, Tensor, str]]:
         """Keys and gradient factors of W1: of the d -> d memories, and of the gates if any is adaptive.
 
-        at_k: hidden activations s [N, c, R]. The gradient is error s^T; with the erasure its keys are s / |s|.
+        at_k: hidden activations s [N, c, R]. The gradient is error s^T; keys are s / |s| if they must be unit vectors.
         """
         rule = self.rule
         s = at_k.unflatten(-1, (-1, self.width)).transpose(1, 2)  # [N, F + G, c, h]
         scale: Any = None
         if rule.normalized_step:
             scale = 1 / (1 + s.square().sum(-1, keepdim=True))
-        if rule.erases_output_side:
+        if rule.erases_output_side or rule.gradient_bound is not None:
             s, length = unit_and_length(s)
             scale = length if scale is None else length * scale
+
+        def factor(error: Tensor, memories: slice) -> Tensor:
+            error = error if scale is None else error * scale[:, memories]
+            return error if rule.gradient_bound is None else soft_bound(error, rule.gradient_bound)
+
         full, gates = slice(0, self.num_full), slice(self.num_full, None)
-        parts = [(s[:, full], error if scale is None else error * scale[:, full], "w1")]
+        parts = [(s[:, full], factor(error, full), "w1")]
         if gate_error is not None:
-            gate_error = gate_error.mT.unsqueeze(-1)  # [N, G, c, 1]
-            parts.append((s[:, gates], gate_error if scale is None else gate_error * scale[:, gates], "g1"))
+            parts.append((s[:, gates], factor(gate_error.mT.unsqueeze(-1), gates), "g1"))  # [N, G, c, 1]
         return parts
 
     def _read(self, decay: Decay, q: Tensor, gram: Tensor, before: Written, base: Tensor) -> Tensor:

@@ -35,6 +35,13 @@ def activation_slope(rule: MemoryRule, a: Tensor) -> Tensor:
     return 0.5 * (1 + torch.erf(a * 0.5**0.5)) + a * torch.exp(-0.5 * a * a) * (0.5 / torch.pi) ** 0.5
 
 
+def soft_bound(rule: MemoryRule, g: Tensor) -> Tensor:
+    """g / sqrt(1 + |g|^2 / b^2), b = rule.gradient_bound: the length of one write before eta."""
+    if rule.gradient_bound is None:
+        return g
+    return g * torch.rsqrt(1 + g.square().sum(-1, keepdim=True) / rule.gradient_bound**2)
+
+
 def eta_share(rule: MemoryRule, logit: Tensor) -> Tensor:
     """eta / eta_max in [0, 1]."""
     share = logit.sigmoid()
@@ -60,13 +67,14 @@ class Memory:
         """Gradient of the inner objective at (k, target): of W2, of W1, and act(W2 k) (None twice for a matrix)."""
         error = self(k) - target if self.rule.objective == "l2" else -target
         if self.w1 is None:
-            return _outer(error, k), None, None
+            return _outer(soft_bound(self.rule, error), k), None, None
         a = _apply(self.w2, k)
         s = activation(self.rule, a)
         delta = _apply(self.w1.transpose(-1, -2), error) * activation_slope(self.rule, a)
         if self.rule.normalized_step:
             error = error / (1 + s.square().sum(-1, keepdim=True))
-        return _outer(delta, k), _outer(error, s), s
+        length = (s.square().sum(-1, keepdim=True) + L2_EPS).sqrt()  # error s^T = (length error) (s / length)^T
+        return _outer(soft_bound(self.rule, delta), k), _outer(soft_bound(self.rule, length * error), s / length), s
 
 
 def _apply(w: Tensor, z: Tensor) -> Tensor:

@@ -75,6 +75,27 @@ def unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
     return _UnitAndLength.apply(x)  # type: ignore[no-any-return]
 
 
+class _SoftBound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
+        scale = torch.rsqrt((x * x).sum(-1, keepdim=True) * bound**-2 + 1)
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        ctx.bound = bound
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        y, scale = ctx.saved_tensors
+        along = (y * d_y).sum(-1, keepdim=True)
+        return torch.addcmul(d_y, y, along, value=-(ctx.bound**-2)) * scale, None
+
+
+def soft_bound(x: Tensor, bound: float) -> Tensor:
+    """x / sqrt(1 + |x|^2 / bound^2) over the last dimension: the direction of x, a length below `bound`."""
+    return _SoftBound.apply(x, bound)  # type: ignore[no-any-return]
+
+
 class _GeluPair(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,12 @@
 """The rule by which a memory writes itself: every choice the paper leaves open, as one frozen config.
 
-The defaults are the ones that stay finite on every text that was tried (bounded v, erasure on both sides of a memory,
-eta_max tied to the chunk, decay of the deviation, live read). `MemoryRule.paper_letter()` is the printed rule and
-`MemoryRule.one_sided()` the erasure on keys alone; both are known to diverge, see docs/deviations.md.
+The defaults stay finite on every text: v and the length of every write are bounded, and what is stale is erased
+(README.md has the proof). `MemoryRule.paper_letter()` is the printed rule and `MemoryRule.one_sided()` the erasure on
+keys alone; both are known to diverge, see docs/deviations.md.
 Names follow "Nested Learning" (arXiv 2512.24695), Eq. 83-93.
 """
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -78,6 +79,11 @@ class MemoryRule:
     an output side, that is, for memory = "mlp". Without it stale gradients of equal keys add up in W1: any text with
     long repetitions ends in NaN at the caps of eta."""
 
+    gradient_bound: float | None = 2.0
+    """Soft bound b on the length of one write's inner gradient g, per matrix: g / sqrt(1 + |g|^2 / b^2), shorter than b
+    whatever the weights are. A self-made target grows with the memory that makes it; without this bound trained
+    memories can amplify themselves until NaN. None: no bound."""
+
     def __post_init__(self) -> None:
         _one_of(self, "memory", ("mlp", "matrix"))
         _one_of(self, "activation", ("silu", "gelu"))
@@ -103,6 +109,10 @@ class MemoryRule:
             raise MemoryRuleError("MemoryRule.normalized_step = True: needs memory = 'mlp', a matrix has one layer")
         if self.eta_max is not None and not self.eta_max > 0:
             raise MemoryRuleError(f"MemoryRule.eta_max = {self.eta_max}: give a number above 0, or None")
+        if self.gradient_bound is not None and not self.gradient_bound > 0:
+            raise MemoryRuleError(
+                f"MemoryRule.gradient_bound = {self.gradient_bound}: give a number above 0, or None for no bound"
+            )
         if isinstance(self.lambda_d, (tuple, list)):
             object.__setattr__(self, "lambda_d", tuple(float(weight) for weight in self.lambda_d))
             if not self.lambda_d:
@@ -186,14 +196,14 @@ class MemoryRule:
         """Eq. 83-93 as printed: unbounded v, decay of the whole weight, frozen read, chunk 16, eta up to 1."""
         letter = cls(
             chunk_mem=16, chunk_other=16, read="frozen", decay="literal", eta_max=1.0, normalize_v=False,
-            normalize_inputs=False, layerwise_dgd=False,
+            normalize_inputs=False, layerwise_dgd=False, gradient_bound=None,
         )  # fmt: skip
         return replace(letter, **changes)
 
     @classmethod
     def one_sided(cls, **changes: Any) -> "MemoryRule":
         """The erasure acts on the input side alone, the default of release 0.1.0; repetitive text breaks it."""
-        return cls(**{"layerwise_dgd": False, **changes})
+        return cls(**{"layerwise_dgd": False, "gradient_bound": None, **changes})
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MemoryRule":
@@ -206,3 +216,20 @@ class MemoryRule:
             if isinstance(values.get(name), list):
                 values[name] = tuple(values[name])
         return cls(**values)
+
+
+def largest_change(rule: MemoryRule, num_tokens: int) -> float:
+    """What |W - W_initial| (Frobenius, any matrix of any memory) cannot exceed after `num_tokens` writes, for any
+    weights, any inputs and any alpha; README.md beside this file derives it. Infinite where nothing bounds a write.
+    """
+    bound, eta = rule.gradient_bound, rule.eta_limit
+    if bound is None or rule.momentum or rule.decay != "deviation":
+        return math.inf
+    limits = []
+    for weight in rule.erasures:
+        erased = weight if rule.memory == "matrix" or rule.erases_output_side else 0.0
+        if erased * eta > 0.5:
+            return math.inf
+        added_sq = num_tokens * eta * bound**2 / (erased * (2 - erased * eta)) if erased else math.inf
+        limits.append(min(math.sqrt(added_sq), num_tokens * eta * bound))
+    return max(limits)

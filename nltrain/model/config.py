@@ -157,7 +157,10 @@ class ModelConfig:
     @classmethod
     def from_saved(cls, values: dict[str, Any]) -> "ModelConfig":
         """`from_dict` of what a run saved: a field that its release did not have takes the value it had in effect."""
-        return cls.from_dict(BEFORE_FIELDS | values)
+        values = BEFORE_FIELDS | values
+        if isinstance(values.get("rule"), dict):
+            values["rule"] = {"gradient_bound": None} | values["rule"]
+        return cls.from_dict(values)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":

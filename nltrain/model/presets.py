@@ -23,7 +23,10 @@ SIZES = {
 # so it bears half the eta_max that momentum has by default: at that one of three small_lm seeds ended in NaN.
 TITANS = MemoryRule(adaptive=(), target="value", lambda_d=0.0, momentum=True, eta_max=1 / 64)
 # Gated delta rule: S <- S (alpha I - eta k k^T) + eta v k^T, exact at any chunk length, from small weights.
-MATRIX = MemoryRule(memory="matrix", adaptive=(), target="value", objective="dot", residual=False, eta_max=1.0)
+# Its gradient is v itself, of unit length: there is nothing to bound.
+MATRIX = MemoryRule(
+    memory="matrix", adaptive=(), target="value", objective="dot", residual=False, eta_max=1.0, gradient_bound=None
+)
 
 
 def preset(family: str, name: str) -> ModelConfig:

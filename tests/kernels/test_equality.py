@@ -41,6 +41,9 @@ OPTIONS: dict[str, dict] = {
     "static_gates": {"adaptive": ("k", "v")},
     "one_gate": {"adaptive": ("k", "v", "alpha")},
     "static_all": {"adaptive": ()},
+    "no_bound": {"gradient_bound": None},
+    "tight_bound": {"gradient_bound": 0.1},
+    "tight_bound_erasure_on_keys_alone": {"gradient_bound": 0.1, "layerwise_dgd": False},
     "value_target": {"target": "value"},
     "gelu": {"activation": "gelu"},
     "no_writes": {"writes": False},
@@ -54,6 +57,7 @@ FACTORS: dict[str, list[dict]] = {
     "eta_gate": [{"eta_gate": "sigmoid"}, {"eta_gate": "hard"}],
     "v": [{"normalize_v": True}, {"normalize_v": False}],
     "normalized_target": [{"normalize_target": False}, {"normalize_target": True}],
+    "bound": [{"gradient_bound": 2.0}, {"gradient_bound": None}],
     "target": [{"target": "self"}, {"target": "value"}],
     "objective": [{"objective": "l2"}, {"objective": "dot"}],
     "decay": [{"decay": "deviation"}, {"decay": "literal"}],
@@ -221,7 +225,7 @@ def test_bfloat16_inputs_keep_an_fp32_state(name: str) -> None:
 
 def test_the_inner_gradient_is_that_of_the_printed_objective() -> None:
     """Against autograd of 1/2 |M(k) - target|^2 with k and target constant."""
-    rule = replace(MemoryRule(), adaptive=())
+    rule = replace(MemoryRule(), adaptive=(), gradient_bound=None)
     case = make_case(rule, 1, 1, num_heads=1)
     w2, w1 = case.initial.weights.w2[None], case.initial.weights.w1[None, :, 0]
     k, target = torch.randn(2, 1, 1, 4, dtype=torch.float64, device=DEVICE)

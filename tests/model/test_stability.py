@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks._texts import TEXTS, text
-from benchmarks.stability import ALPHAS, BOUND, NUM_SEEDS, at_chunk, config_of, judge, push_gates
+from benchmarks.stability import ALPHAS, ATTACK_SIZES, BOUND, NUM_SEEDS, at_chunk, attack, config_of, judge, push_gates
 from kernels import MemoryRule
 from nltrain.model import LanguageModel, build
 from nltrain.model.packing import Packing
@@ -51,6 +51,22 @@ def test_erasure_on_keys_alone_breaks_on_repetitions() -> None:
     assert failed > len(REPETITIONS)
 
 
+@pytest.mark.parametrize("chunk", [16, 64])
+def test_no_input_moves_a_memory_beyond_the_proven_limit(chunk: int) -> None:
+    """Gradient ascent on the inputs, at the weights of initialisation and at larger ones."""
+    shares = []
+    for size in ATTACK_SIZES:
+        found = attack(at_chunk(MemoryRule(), chunk), 32, *size, seed=0, num_steps=30, num_tokens=256)
+        assert found["finite"] and found["over_limit"] <= 1, (size, found)
+        shares.append(found["over_limit"])
+    assert max(shares) > 0.5, f"{shares}: an attack that does not come near the limit tests nothing"
+
+
+def test_without_a_bound_on_the_gradient_the_same_attack_breaks_a_trained_memory() -> None:
+    found = attack(MemoryRule(gradient_bound=None), 32, *ATTACK_SIZES[-1], seed=0, num_steps=30, num_tokens=256)
+    assert not found["finite"] or found["ratio"] > 100
+
+
 def test_a_repeated_key_moves_a_memory_by_one_step_however_often_it_comes() -> None:
     """The bound of kernels/README.md: a chunk of equal keys writes (1 - (1 - lambda eta)^C) / lambda gradients."""
     for chunk in (4, 64):
@@ -62,6 +78,7 @@ def test_a_repeated_key_moves_a_memory_by_one_step_however_often_it_comes() -> N
             chunk_mem=chunk,
             chunk_other=chunk,
             eta_max=0.5,
+            gradient_bound=None,
         )
         model = _model(rule, eta_init=0.25, alpha_init=1 - 1e-9, conv_width=0)
         mixer = model.blocks[0].mixer
