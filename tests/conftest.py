@@ -22,26 +22,31 @@ if importlib.util.find_spec("hypothesis"):
     settings.register_profile("no deadline", deadline=None)
     settings.load_profile("no deadline")
 
-# One worker runs the tests with clusters of their own, which mostly wait for processes to start; those with a time to
-# keep come first, while the other worker computes on one core. That one ends with the levels, on two to four ranks.
-WITH_A_CLUSTER = ("tests/runtime/", "tests/integration/")
-COMPUTING = ("tests/kernels/", "tests/model/", "tests/data/", "tests/checkpoint/")
-ORDER = (*WITH_A_CLUSTER, *COMPUTING)
+# One worker begins with the runtime, on clusters that mostly wait for processes to start: its tests have times to keep.
+# Beside it the other computes on one core. Whoever is done first takes the next folder, and at the end the next file of
+# the integration, each of which brings up a world of its own.
+ORDER = ("tests/runtime/", "tests/kernels/", "tests/model/", "tests/data/", "tests/checkpoint/", "tests/levels/")
+BY_FILE = "tests/integration/"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: next((i for i, path in enumerate(ORDER) if item.nodeid.startswith(path)), len(ORDER)))
+    def place(item: pytest.Item) -> int:
+        last = len(ORDER) + item.nodeid.startswith(BY_FILE)
+        return next((i for i, path in enumerate(ORDER) if item.nodeid.startswith(path)), last)
+
+    items.sort(key=place)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
-    class TwoGroups(LoadScopeScheduling):
+    class ByRoom(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "with a cluster" if nodeid.startswith(WITH_A_CLUSTER) else "computing"
+            path = nodeid.split("::")[0]
+            return path if path.startswith(BY_FILE) else path.rsplit("/", 1)[0]
 
-    return TwoGroups(config, log)
+    return ByRoom(config, log)
 
 
 def pytest_collection_finish() -> None:
