@@ -114,11 +114,13 @@ def dry_run(config: RunConfig) -> str:
         * (1 + moments_per_parameter(part.config) + (not part.config.frozen) * (1 + config.levels.measure_changes))
         for part in parts
     )
+    minutes = config.checkpoint.every_minutes
+    by_clock = f" and {minutes:g} minutes" if minutes else ""
     token_bytes = 2 if config.model.vocab_size <= 2**16 else 4
     lines += [
         "",
         f"in the store: {tokens * token_bytes / 1e9:,.1f} GB of tokens for one pass; up to {checkpoint / 1e9:,.2f} GB "
-        f"per checkpoint, one every {config.checkpoint.every_tokens:,} tokens, "
+        f"per checkpoint, one every {config.checkpoint.every_tokens:,} tokens{by_clock}, "
         f"the last {config.checkpoint.keep_last} kept",
     ]
     return "\n".join(lines)

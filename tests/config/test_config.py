@@ -92,3 +92,11 @@ def test_the_fold_may_be_finer_than_the_saves_and_saves_may_be_by_the_clock_alon
     fine = override(config_of("jobs.hope_tiny"), ["levels.fold_every_tokens=4096", "checkpoint.every_minutes=15"])
     assert fine.checkpoint.every_tokens % fine.levels.fold_every_tokens == 0
     override(fine, ["checkpoint.every_tokens=0"])
+
+
+@pytest.mark.parametrize("job", [job for job in JOBS if job != "jobs.hope_tiny"])
+def test_the_papers_runs_save_every_quarter_of_an_hour_at_the_slowest_rate_that_was_counted(job: str) -> None:
+    config = config_of(job)
+    assert config.checkpoint.every_minutes == 15
+    tokens_per_s = 900 * config.cluster.max_workers  # a save by the clock waits for the next fold
+    assert config.levels.fold_every_tokens / tokens_per_s < 15 * 60
