@@ -45,7 +45,7 @@ BOUNDS: dict[str, Callable[[Any], bool]] = {
     "samples_repeated": lambda x: x == 0,
     "ticks_right": lambda x: x is True,
     "right_number_of_tokens": lambda x: x is True,
-    "goodput_accounted": lambda x: x >= 0.95,
+    "goodput_accounted": lambda x: x >= 0.97,
     "max_loss_difference": lambda x: x <= 1e-4,
     "false_alarms": lambda x: x == 0,
     "processes_left": lambda x: x == 0,
