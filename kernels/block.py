@@ -282,22 +282,19 @@ class BlockStep:
         return error, self._gate_error(snap.g1, z, rows)
 
     def gradients(self, snap: Weights, error: Tensor, gate_error: Any, slope: Any) -> Tensor:
-        """Gradient of the inner objective by W2 k, [N, c, R]."""
-        parts = [(products(error, snap.w1) if self.mlp else error).transpose(1, 2).flatten(2)]
+        """Gradient of the inner objective by W2 k, [N, c, R], bounded; keys have unit length."""
+        bound = self.rule.gradient_bound
+        if not self.mlp:
+            parts = [error.transpose(1, 2)] + ([] if gate_error is None else [gate_error.unsqueeze(-1)])
+            if bound is not None:
+                parts = [soft_bound(part, bound) for part in parts]
+            return torch.cat([part.flatten(2) for part in parts], -1)
+        parts = [products(error, snap.w1).transpose(1, 2)]
         if gate_error is not None:
-            parts.append((gate_error.unsqueeze(-1) * snap.g1.unsqueeze(1)).flatten(2) if self.mlp else gate_error)
-        gradient = torch.cat(parts, -1) if len(parts) > 1 else parts[0]
-        gradient, bound = gradient * slope if self.mlp else gradient, self.rule.gradient_bound
-        if bound is None:
-            return gradient
-
-        def bounded(rows: Tensor, width: int) -> Tensor:  # a memory's rows together; keys have unit length
-            return soft_bound(rows.unflatten(-1, (-1, width)), bound).flatten(-2)
-
-        if self.width == self.gate_width or gate_error is None:
-            return bounded(gradient, self.width)
-        full, gates = gradient.split([self.full_rows, self.gate_rows], -1)
-        return torch.cat([bounded(full, self.width), bounded(gates, self.gate_width)], -1)
+            parts.append(gate_error.unsqueeze(-1) * snap.g1.unsqueeze(1))
+        rows = torch.cat(parts, 2) if len(parts) > 1 else parts[0]  # [N, c, F + G, h]
+        gradient = rows * slope.unflatten(-1, (-1, self.width))
+        return (gradient if bound is None else soft_bound(gradient, bound)).flatten(2)
 
     def _made(self, snap: Weights, name: str, x: Tensor) -> Tensor:
         """M_name(x), or x where that memory does not exist."""

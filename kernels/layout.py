@@ -62,12 +62,6 @@ def token_positions(document_starts: Tensor | None, position: Tensor, num_tokens
     return torch.where(last_start >= 0, steps - last_start, carried)
 
 
-def _fold(mask: Tensor) -> RowMask:
-    if bool(mask.all()):
-        return True
-    return mask if bool(mask.any()) else False
-
-
 def build_layout(rule: MemoryRule, num_tokens: int, position: Tensor, document_starts: Tensor | None) -> Layout:
     """The layout of [B, num_tokens] tokens that continue documents at `position` [B]."""
     device = position.device
@@ -77,27 +71,25 @@ def build_layout(rule: MemoryRule, num_tokens: int, position: Tensor, document_s
     cuts[:, 0] = True
     ends = where[:, -1] + 1
     common: dict[str, Any] = {
-        "ends_mem": _row_mask(ends % rule.chunk_mem == 0, device),
-        "ends_other": _row_mask(ends % rule.chunk_other == 0, device),
+        "ends_mem": _row_masks((ends % rule.chunk_mem == 0)[:, None], device)[0],
+        "ends_other": _row_masks((ends % rule.chunk_other == 0)[:, None], device)[0],
         "position": ends.to(device),
     }
     # A row that continues a document at its start is no reset; position 0 carries no state.
     starts = where == 0
 
-    def block(begin: int, end: int, first: Tensor, has: Tensor) -> Block:
-        rows = torch.arange(where.shape[0])
-        at = where[rows, first]
-        masks = (starts[rows, first], at % rule.chunk_mem == 0, at % rule.chunk_other == 0)
-        return Block(begin, end, *(_row_mask(mask & has, device) for mask in masks))
+    def blocks(begins: list[int], end: int, first: Tensor, has: Tensor | bool) -> tuple[Block, ...]:
+        """first: [B, blocks], the token with which each row's block begins; has: whether the row has that block."""
+        at = where.gather(1, first)
+        masks = (starts.gather(1, first), at % rule.chunk_mem == 0, at % rule.chunk_other == 0)
+        by_block = zip(*(_row_masks(mask & has, device) for mask in masks), strict=True)
+        spans = zip(begins, [*begins[1:], end], strict=True)
+        return tuple(Block(*span, *folded) for span, folded in zip(spans, by_block, strict=True))
 
-    everywhere = torch.ones(where.shape[0], dtype=torch.bool)
     if bool((cuts == cuts[:1]).all()):
-        begins = cuts[0].nonzero().flatten().tolist()
-        blocks = [
-            block(begin, end, torch.full_like(ends, begin), everywhere)
-            for begin, end in zip(begins, [*begins[1:], num_tokens], strict=True)
-        ]
-        return Layout(tuple(blocks), None, None, None, **common)
+        first = cuts[0].nonzero().flatten()
+        alike = blocks(first.tolist(), num_tokens, first.expand(where.shape[0], -1), True)
+        return Layout(alike, None, None, None, **common)
 
     steps = torch.arange(num_tokens)
     block_index = cuts.cumsum(1) - 1
@@ -107,10 +99,15 @@ def build_layout(rule: MemoryRule, num_tokens: int, position: Tensor, document_s
     slot = block_index * width + (steps - begin_of)
     source = torch.zeros(where.shape[0], num_blocks * width, dtype=torch.long).scatter(1, slot, steps.expand_as(slot))
     valid = torch.zeros_like(source, dtype=torch.bool).scatter(1, slot, True)
-    blocks = [block(i * width, (i + 1) * width, source[:, i * width], valid[:, i * width]) for i in range(num_blocks)]
-    return Layout(tuple(blocks), source.to(device), valid.to(device), slot.to(device), **common)
+    begins = list(range(0, num_blocks * width, width))
+    apart = blocks(begins, num_blocks * width, source[:, ::width], valid[:, ::width])
+    return Layout(apart, source.to(device), valid.to(device), slot.to(device), **common)
 
 
-def _row_mask(mask: Tensor, device: torch.device) -> RowMask:
-    folded = _fold(mask)
-    return folded if isinstance(folded, bool) else folded.to(device)
+def _row_masks(masks: Tensor, device: torch.device) -> list[RowMask]:
+    """Of [B, n]: each column, or one answer where all its rows agree."""
+    every, some = masks.all(0).tolist(), masks.any(0).tolist()
+    return [
+        True if all_rows else masks[:, i].to(device) if any_row else False
+        for i, (all_rows, any_row) in enumerate(zip(every, some, strict=True))
+    ]

@@ -78,7 +78,8 @@ def unit_and_length(x: Tensor) -> tuple[Tensor, Tensor]:
 class _SoftBound(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bound: float) -> Tensor:
-        scale = torch.rsqrt((x * x).sum(-1, keepdim=True) * bound**-2 + 1)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.rsqrt(torch.addcmul(torch.ones_like(length), length, length, value=bound**-2))
         y = x * scale
         ctx.save_for_backward(y, scale)
         ctx.bound = bound
