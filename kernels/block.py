@@ -286,15 +286,13 @@ class BlockStep:
         bound = self.rule.gradient_bound
         if not self.mlp:
             parts = [error.transpose(1, 2)] + ([] if gate_error is None else [gate_error.unsqueeze(-1)])
-            if bound is not None:
-                parts = [soft_bound(part, bound) for part in parts]
-            return torch.cat([part.flatten(2) for part in parts], -1)
+            return torch.cat([soft_bound(part, bound).flatten(2) for part in parts], -1)
         parts = [products(error, snap.w1).transpose(1, 2)]
         if gate_error is not None:
             parts.append(gate_error.unsqueeze(-1) * snap.g1.unsqueeze(1))
         rows = torch.cat(parts, 2) if len(parts) > 1 else parts[0]  # [N, c, F + G, h]
         gradient = rows * slope.unflatten(-1, (-1, self.width))
-        return (gradient if bound is None else soft_bound(gradient, bound)).flatten(2)
+        return soft_bound(gradient, bound).flatten(2)
 
     def _made(self, snap: Weights, name: str, x: Tensor) -> Tensor:
         """M_name(x), or x where that memory does not exist."""
@@ -379,8 +377,7 @@ class BlockStep:
             scale = length if scale is None else length * scale
 
         def factor(error: Tensor, memories: slice) -> Tensor:
-            error = error if scale is None else error * scale[:, memories]
-            return error if rule.gradient_bound is None else soft_bound(error, rule.gradient_bound)
+            return soft_bound(error if scale is None else error * scale[:, memories], rule.gradient_bound)
 
         full, gates = slice(0, self.num_full), slice(self.num_full, None)
         parts = [(s[:, full], factor(error, full), "w1")]

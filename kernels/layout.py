@@ -70,11 +70,9 @@ def build_layout(rule: MemoryRule, num_tokens: int, position: Tensor, document_s
     cuts = in_chunk % rule.block_tokens == 0
     cuts[:, 0] = True
     ends = where[:, -1] + 1
-    common: dict[str, Any] = {
-        "ends_mem": _row_masks((ends % rule.chunk_mem == 0)[:, None], device)[0],
-        "ends_other": _row_masks((ends % rule.chunk_other == 0)[:, None], device)[0],
-        "position": ends.to(device),
-    }
+    complete = torch.stack([ends % rule.chunk_mem == 0, ends % rule.chunk_other == 0], 1)
+    ends_mem, ends_other = _row_masks(complete, device)
+    common: dict[str, Any] = {"ends_mem": ends_mem, "ends_other": ends_other, "position": ends.to(device)}
     # A row that continues a document at its start is no reset; position 0 carries no state.
     starts = where == 0
 

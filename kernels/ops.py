@@ -92,8 +92,10 @@ class _SoftBound(torch.autograd.Function):
         return torch.addcmul(d_y, y, along, value=-(ctx.bound**-2)) * scale, None
 
 
-def soft_bound(x: Tensor, bound: float) -> Tensor:
-    """x / sqrt(1 + |x|^2 / bound^2) over the last dimension: the direction of x, a length below `bound`."""
+def soft_bound(x: Tensor, bound: float | None) -> Tensor:
+    """x / sqrt(1 + |x|^2 / bound^2) over the last dimension: the direction of x, a length below `bound`; None: x."""
+    if bound is None:
+        return x
     return _SoftBound.apply(x, bound)  # type: ignore[no-any-return]
 
 

@@ -225,11 +225,9 @@ def largest_change(rule: MemoryRule, num_tokens: int) -> float:
     bound, eta = rule.gradient_bound, rule.eta_limit
     if bound is None or rule.momentum or rule.decay != "deviation":
         return math.inf
-    limits = []
-    for weight in rule.erasures:
-        erased = weight if rule.memory == "matrix" or rule.erases_output_side else 0.0
-        if erased * eta > 0.5:
-            return math.inf
-        added_sq = num_tokens * eta * bound**2 / (erased * (2 - erased * eta)) if erased else math.inf
-        limits.append(min(math.sqrt(added_sq), num_tokens * eta * bound))
-    return max(limits)
+    if max(rule.erasures) * eta > 0.5:
+        return math.inf
+    linear = num_tokens * eta * bound
+    if min(rule.erasures) == 0 or (rule.memory == "mlp" and not rule.erases_output_side):
+        return linear  # some matrix is not erased
+    return min(linear, max(math.sqrt(linear * bound / (w * (2 - w * eta))) for w in rule.erasures))

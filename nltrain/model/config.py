@@ -16,6 +16,7 @@ RESERVED_LEVEL_NAMES = ("mix", "base", "rest")
 
 # What release 0.1.0, which had no such fields, did.
 BEFORE_FIELDS = {"level_mlp": "silu", "down_init": "small"}
+BEFORE_RULE_FIELDS = {"gradient_bound": None}
 
 
 class ModelConfigError(ValueError):
@@ -159,7 +160,7 @@ class ModelConfig:
         """`from_dict` of what a run saved: a field that its release did not have takes the value it had in effect."""
         values = BEFORE_FIELDS | values
         if isinstance(values.get("rule"), dict):
-            values["rule"] = {"gradient_bound": None} | values["rule"]
+            values["rule"] = BEFORE_RULE_FIELDS | values["rule"]
         return cls.from_dict(values)
 
     @classmethod
