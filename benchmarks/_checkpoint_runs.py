@@ -23,10 +23,11 @@ from nltrain.checkpoint.catalog import list_checkpoints
 from nltrain.checkpoint.manifest import MANIFEST, checkpoints_prefix
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.config import RunConfig, from_dict, override, to_dict
-from nltrain.data import PrepareConfig, prepare, stdlib_corpus, train_tokenizer
-from nltrain.data.store import Store, open_store
+from nltrain.data import train_tokenizer
+from nltrain.data.prepare import PrepareConfig, prepare, stdlib_corpus
+from nltrain.store import Store, open_store
+from nltrain.supervision import Unsupervised, Wish
 from nltrain.track.metrics import effective, read_rows
-from nltrain.track.supervision import Unsupervised, Wish
 
 ROOT = Path(__file__).resolve().parent.parent
 SEQ_LEN, QUANTUM, SAVE_EVERY = 64, 512, 5

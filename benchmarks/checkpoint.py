@@ -29,9 +29,9 @@ from benchmarks import _checkpoint_runs as runs
 from nltrain.checkpoint import CheckpointConfig, Checkpointer, CorruptCheckpointError
 from nltrain.checkpoint.manifest import checkpoint_name, key_of
 from nltrain.checkpoint.stored import StoredCheckpoint
-from nltrain.data.embedded_s3 import EmbeddedS3
-from nltrain.data.store import Store, open_store
 from nltrain.fragment import Fragment
+from nltrain.local.embedded_s3 import EmbeddedS3
+from nltrain.store import Store, open_store
 
 BUCKET = "checkpoints"
 NUM_FRAGMENTS = 96

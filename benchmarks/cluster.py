@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nltrain.runtime.drill import DIE_ON_BAD_NODE, QUANTUM, Drill, DrillError, Job, planted
+from nltrain.local.drill import DIE_ON_BAD_NODE, QUANTUM, Drill, DrillError, Job, planted
 from nltrain.runtime.status import read_status
 from nltrain.track.goodput import goodput
 from nltrain.track.metrics import effective

@@ -23,20 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from nltrain.data import (
-    DataConfig,
-    PrepareConfig,
-    SamplePlan,
-    TokenDataset,
-    TokenStream,
-    open_plan,
-    open_store,
-    prepare_tokens,
-    train_tokenizer,
-)
-from nltrain.data.embedded_s3 import EmbeddedS3
-from nltrain.data.fault_proxy import FaultProxy
+from nltrain.data import DataConfig, SamplePlan, TokenDataset, TokenStream, open_plan, train_tokenizer
+from nltrain.data.prepare import PrepareConfig, prepare_tokens
 from nltrain.data.stream import sequential_ranges
+from nltrain.local.embedded_s3 import EmbeddedS3
+from nltrain.local.fault_proxy import FaultProxy
+from nltrain.store import open_store
 
 SEQ_LEN = 1024
 BATCH_SIZE = 8

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nltrain.data import stdlib_corpus
-from nltrain.runtime.hostile import STRANGER, Trap, can_be_a_stranger, hostile_environment, without_home
+from nltrain.data.prepare import stdlib_corpus
+from nltrain.local.hostile import STRANGER, Trap, can_be_a_stranger, hostile_environment, without_home
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT_BYTES = 600_000

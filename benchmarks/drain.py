@@ -24,9 +24,11 @@ import torch.distributed as dist
 import torch.multiprocessing
 
 from nltrain.config import RunConfig, override
-from nltrain.data import PrepareConfig, open_store, prepare, stdlib_corpus, train_tokenizer
-from nltrain.runtime.drill import VOCAB_SIZE
-from nltrain.track.supervision import Unsupervised, Wish
+from nltrain.data import train_tokenizer
+from nltrain.data.prepare import PrepareConfig, prepare, stdlib_corpus
+from nltrain.local.drill import VOCAB_SIZE
+from nltrain.store import open_store
+from nltrain.supervision import Unsupervised, Wish
 
 ROOT = Path(__file__).resolve().parents[1]
 SEQ_LEN, QUANTUM, AFTER = 64, 128, 3

@@ -30,12 +30,12 @@ from torch import Tensor
 
 from benchmarks._runs import Run, run_all, settings_of
 from nltrain.checkpoint import CheckpointConfig, Checkpointer
-from nltrain.data.corpus import stdlib_corpus
-from nltrain.data.store import open_store
+from nltrain.data.prepare.corpus import stdlib_corpus
 from nltrain.fragment import Fragment
 from nltrain.levels.config import LevelConfig, LevelsConfig, ScheduleConfig
 from nltrain.levels.scheduler import LevelScheduler
 from nltrain.model import LanguageModel, ModelConfig, build, preset
+from nltrain.store import open_store
 
 PERIODS = {"base": 1, "fast": 1, "mid": 4, "slow": 16}  # base steps
 VARIANTS = ("uniform", "periods", "last_only")

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
-from nltrain.data import store as store_module
-from nltrain.data.store import open_store
+from nltrain.store import open_store
+from nltrain.store import s3 as store_module
 
 FILE_BYTES = 64 << 20
 OPERATIONS = 400  # of one step

@@ -16,10 +16,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nltrain.data.embedded_s3 import EmbeddedS3Error  # noqa: E402
-from nltrain.runtime.demo import Demo, DemoError  # noqa: E402
-from nltrain.runtime.environment import EnvironmentRefusedError  # noqa: E402
-from nltrain.runtime.local import ClusterError  # noqa: E402
+from nltrain.errors import UserError  # noqa: E402
+from nltrain.local.demo import Demo  # noqa: E402
 
 
 def main() -> int:
@@ -32,7 +30,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         Demo(ROOT, options.output.resolve(), options.corpus, options.overrides, options.quick).run()
-    except (DemoError, ClusterError, EmbeddedS3Error, EnvironmentRefusedError, ValueError) as error:
+    except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except OSError as error:  # a full disk, a folder that may not be written

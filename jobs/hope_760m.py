@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from nltrain.paper import paper_run
+from jobs.paper import paper_run
 from nltrain.runtime.launch import main
 
 config = paper_run(

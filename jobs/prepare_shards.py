@@ -18,11 +18,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from nltrain.config import ConfigError, describe, override  # noqa: E402
-from nltrain.data import DataError, PrepareConfig, StoreError, prepare_files  # noqa: E402
-from nltrain.places import PlaceError, absolute_place, shown  # noqa: E402
-from nltrain.runtime.environment import EnvironmentRefusedError, print_anything  # noqa: E402
-from nltrain.runtime.own_ray import OwnRayError, own_ray  # noqa: E402
+from nltrain.config import describe, override  # noqa: E402
+from nltrain.data import DataError  # noqa: E402
+from nltrain.data.prepare import PrepareConfig, prepare_files  # noqa: E402
+from nltrain.errors import ConfigError, UserError  # noqa: E402
+from nltrain.local.own_ray import own_ray  # noqa: E402
+from nltrain.places import absolute_place, shown  # noqa: E402
+from nltrain.store import StoreError  # noqa: E402
+from nltrain.terminal import print_anything  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def main() -> int:
             execute=on_ray(job.workers),
             progress=report,
         )
-    except (ConfigError, PlaceError, DataError, StoreError, OwnRayError, EnvironmentRefusedError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -17,14 +17,11 @@ from typing import Any
 
 from nltrain.checkpoint.config import CheckpointConfig
 from nltrain.data.config import DataConfig
+from nltrain.errors import ConfigError
 from nltrain.levels.config import LevelsConfig
 from nltrain.model.config import ModelConfig
 from nltrain.runtime.config import ClusterConfig
 from nltrain.track.config import TrackConfig
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message names field, value and remedy."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nltrain.config import RunConfig
 from nltrain.run import Run
-from nltrain.track.supervision import Supervision
+from nltrain.supervision import Supervision
 
 
 def train(config: RunConfig, supervision: Supervision | None = None) -> dict[str, Any]:

@@ -10,13 +10,15 @@ import re
 from typing import NamedTuple
 from urllib.parse import quote, unquote
 
+from nltrain.errors import UserError
+
 SUBMITTED_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray's job server sets it for the process that it starts."""
 
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)
 
 
-class PlaceError(ValueError):
+class PlaceError(UserError, ValueError):
     """A path or URL that names no place of ours; the message says what to write."""
 
 

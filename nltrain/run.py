@@ -23,21 +23,22 @@ from nltrain.checkpoint.errors import StaleAttemptError
 from nltrain.checkpoint.fence import Fence
 from nltrain.checkpoint.load import Loaded
 from nltrain.checkpoint.manifest import checkpoint_name
-from nltrain.checkpoint.ranks import Ranks
 from nltrain.checkpoint.rng import capture_rng, restore_rng
-from nltrain.config import ConfigError, RunConfig, check_vocabulary, to_dict
-from nltrain.data import Batch, TokenStream, open_plan, open_store
-from nltrain.evaluate import Validation, sample_text, weights_sha256
+from nltrain.collectives import Ranks
+from nltrain.config import RunConfig, check_vocabulary, to_dict
+from nltrain.data import Batch, TokenStream, open_plan
+from nltrain.errors import ConfigError
+from nltrain.evaluate.sample import sample_text
+from nltrain.evaluate.validation import Validation
 from nltrain.fragment import Fragment
 from nltrain.levels.config import ScheduleConfig
+from nltrain.levels.digest import weights_sha256
 from nltrain.levels.guard import MicroStep
 from nltrain.levels.quantum import cut_quantum
 from nltrain.levels.scheduler import LevelScheduler, Tick
 from nltrain.model import build
-from nltrain.record import Record
-from nltrain.track.left_out import LeftOut, left_out_line
-from nltrain.track.progress import Meter, Speed, duration, progress_line
-from nltrain.track.supervision import (
+from nltrain.store import open_store
+from nltrain.supervision import (
     FINISHING,
     LEFT_AS,
     SAVING,
@@ -49,6 +50,9 @@ from nltrain.track.supervision import (
     Unsupervised,
     Wish,
 )
+from nltrain.track.left_out import LeftOut, left_out_line
+from nltrain.track.progress import Meter, Speed, duration, progress_line
+from nltrain.track.record import Record
 
 # Fields that may differ between a checkpoint and the run that resumes it: they decide where and how fast, not what.
 MAY_CHANGE = (

@@ -25,7 +25,10 @@ if importlib.util.find_spec("hypothesis"):
 # One worker begins with the runtime, on clusters that mostly wait for processes to start: its tests have times to keep.
 # Beside it the other computes on one core. Whoever is done first takes the next folder, and at the end the next file of
 # the integration, each of which brings up a world of its own.
-ORDER = ("tests/runtime/", "tests/kernels/", "tests/model/", "tests/data/", "tests/checkpoint/", "tests/levels/")
+ORDER = (
+    "tests/runtime/", "tests/kernels/", "tests/model/", "tests/store/", "tests/data/", "tests/checkpoint/",
+    "tests/levels/", "tests/local/",
+)  # fmt: skip
 BY_FILE = "tests/integration/"
 
 

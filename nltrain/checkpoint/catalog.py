@@ -25,9 +25,9 @@ from nltrain.checkpoint.manifest import (
     tombstone,
 )
 from nltrain.checkpoint.tree import canonical_json
-from nltrain.data.probe import check_atomic_create
-from nltrain.data.store import Store, StoreError, open_store
 from nltrain.places import split_url
+from nltrain.store import Store, StoreError, open_store
+from nltrain.store.probe import check_atomic_create
 
 log = logging.getLogger(__name__)
 _CLAIM = re.compile(r"(\d{6,})\.json")

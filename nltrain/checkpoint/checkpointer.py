@@ -37,12 +37,12 @@ from nltrain.checkpoint.files import Part, Staging, layout_of, pack, whole
 from nltrain.checkpoint.load import Loaded, load, together
 from nltrain.checkpoint.manifest import LAYOUT, STATE, FileEntry, Manifest, check_run, checkpoint_name, key_of
 from nltrain.checkpoint.plan import Piece, assign, table
-from nltrain.checkpoint.ranks import Ranks
 from nltrain.checkpoint.stored import StoredCheckpoint, own_path
 from nltrain.checkpoint.transfer import write_files
 from nltrain.checkpoint.tree import canonical_json, dump, sha256_of, split
-from nltrain.data.store import Store, StoreError
+from nltrain.collectives import Ranks
 from nltrain.fragment import Fragment
+from nltrain.store import Store, StoreError
 
 log = logging.getLogger(__name__)
 

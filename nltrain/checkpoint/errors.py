@@ -1,7 +1,9 @@
 """What can go wrong with a checkpoint, one type per remedy."""
 
+from nltrain.errors import UserError
 
-class CheckpointError(Exception):
+
+class CheckpointError(UserError):
     """Base of everything this package raises; the message names the checkpoint, the value and the remedy."""
 
 

@@ -5,7 +5,7 @@ import threading
 
 from nltrain.checkpoint.catalog import check_alive
 from nltrain.checkpoint.errors import StaleAttemptError
-from nltrain.data.store import Store, StoreError
+from nltrain.store import Store, StoreError
 
 EVERY_S = 5.0
 """Seconds between two looks: one listing of a few keys each."""

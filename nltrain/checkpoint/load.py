@@ -9,10 +9,10 @@ from nltrain.checkpoint import errors
 from nltrain.checkpoint.compare import Difference
 from nltrain.checkpoint.errors import CheckpointError, MismatchError
 from nltrain.checkpoint.manifest import Manifest
-from nltrain.checkpoint.ranks import Ranks
 from nltrain.checkpoint.stored import StoredCheckpoint
-from nltrain.data.store import StoreError
+from nltrain.collectives import Ranks
 from nltrain.fragment import Fragment
+from nltrain.store import StoreError
 
 T = TypeVar("T")
 

@@ -15,20 +15,12 @@ from torch import Tensor
 from nltrain.checkpoint.catalog import check_sizes, read_manifest
 from nltrain.checkpoint.errors import CorruptCheckpointError, MismatchError
 from nltrain.checkpoint.files import whole
-from nltrain.checkpoint.manifest import (
-    LAYOUT,
-    STATE,
-    FileEntry,
-    StoredTensor,
-    key_of,
-    parse_json,
-    parse_layout,
-)
+from nltrain.checkpoint.manifest import LAYOUT, STATE, FileEntry, StoredTensor, key_of, parse_json, parse_layout
 from nltrain.checkpoint.plan import DTYPES
 from nltrain.checkpoint.transfer import Target, read_files, targets_of
 from nltrain.checkpoint.tree import join
-from nltrain.data.store import MissingObjectError, Store
 from nltrain.fragment import Fragment
+from nltrain.store import MissingObjectError, Store
 
 
 def own_path(rank: int) -> str:

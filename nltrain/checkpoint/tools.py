@@ -24,9 +24,10 @@ from nltrain.checkpoint.errors import CheckpointError, MismatchError
 from nltrain.checkpoint.manifest import parse_name
 from nltrain.checkpoint.plan import DTYPES
 from nltrain.checkpoint.stored import StoredCheckpoint
-from nltrain.data.store import Store, StoreError, open_store
+from nltrain.errors import UserError
 from nltrain.fragment import Fragment
 from nltrain.places import split_url
+from nltrain.store import Store, open_store
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 # Bytes of one piece in memory while exporting.
@@ -213,7 +214,7 @@ def _size_argument(text: str) -> int:
 def _guarded(work: Callable[[], int]) -> int:
     try:
         return work()
-    except (CheckpointError, StoreError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 

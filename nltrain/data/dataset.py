@@ -15,8 +15,9 @@ from tokenizers import Tokenizer
 from nltrain.data.errors import DataError
 from nltrain.data.manifest import TOKENIZER_KEY, read_manifest
 from nltrain.data.shards import MemberView, Sequence, ShardIndex
-from nltrain.data.store import Store, join_url, open_store
 from nltrain.data.tokenizer import tokenizer_from_bytes
+from nltrain.places import join_url
+from nltrain.store import Store, open_store
 
 INDEX_TRANSFERS = 3
 INDEXES_HELD = 256

@@ -13,7 +13,8 @@ import numpy as np
 
 from nltrain.data.errors import DataError
 from nltrain.data.shards import Shard
-from nltrain.data.store import MissingObjectError, Store, join_url
+from nltrain.places import join_url
+from nltrain.store import MissingObjectError, Store
 
 FORMAT = "nltrain-tokens-1"
 MANIFEST_KEY = "manifest.json"

@@ -16,7 +16,7 @@ from nltrain.data.dataset import TokenDataset
 from nltrain.data.errors import DataError
 from nltrain.data.hashing import key64, mix64
 from nltrain.data.permutation import EpochOrder
-from nltrain.data.store import open_store
+from nltrain.store import open_store
 
 # Datasets are mixed in blocks of this many samples, with exact quotas; weights are rounded to its parts.
 BLOCK_SAMPLES = 4096

@@ -8,6 +8,8 @@ machine's business. Imports neither deepspeed nor torch.
 import math
 from dataclasses import dataclass, field, replace
 
+from nltrain.errors import ConfigError
+
 OPTIMIZERS = ("adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 VECTORS = "vectors"
@@ -17,7 +19,7 @@ NO_DECAY = (VECTORS, "*bias", "*norm.*", "*conv.*", "*memories.*")
 EXTENSIONS = ("follow", "rewarm", "flat", "refuse")
 
 
-class LevelsError(ValueError):
+class LevelsError(ConfigError):
     """A level configuration or plan that cannot be honoured; the message names the field, the value and the remedy."""
 
 

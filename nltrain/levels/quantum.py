@@ -54,6 +54,15 @@ class GroupSize:
     speed_of_all: float
     """the same if all available ranks trained"""
 
+    def describe(self) -> str:
+        """One line: what is there, what trains, and the predicted speeds of both."""
+        waiting = self.available - self.ranks
+        return (
+            f"{self.available} workers fit, {self.ranks} train and {waiting} wait as spares: {self.num_micro_steps} "
+            f"micro-steps per quantum, predicted speed {self.speed:.3f} of that of one worker per sequence, with all "
+            f"{self.available} it would be {self.speed_of_all:.3f}"
+        )
+
 
 @cache
 def quantum_cost(num_sequences: int, micro_batch_size: int, world_size: int) -> float:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nltrain.errors import UserError
 from nltrain.fragment import Fragment
 from nltrain.levels.clock import TokenClock, staggered_phases
 from nltrain.levels.config import LevelsConfig, LevelsError
@@ -30,7 +31,7 @@ from nltrain.levels.plan import plan_levels
 from nltrain.levels.window import LocalWindow, ReductionOrder
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(UserError, RuntimeError):
     """Too many micro-steps or ticks in a row were left out. The message says what to look at."""
 
 

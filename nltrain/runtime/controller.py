@@ -37,15 +37,15 @@ from ray.train.v2._internal.execution.worker_group.poll import _is_preempted_act
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 
 from nltrain.config import RunConfig, from_dict
-from nltrain.data import MissingObjectError, StoreError, open_store
 from nltrain.runtime.failures import Failure, FailureLedger, Verdict, summary
 from nltrain.runtime.probe import DeviceRefusedError, driver_problem, read_driver
 from nltrain.runtime.sizes import Sizes
 from nltrain.runtime.strikes import Place, Strikes, note_strike
 from nltrain.runtime.worker import ask_to_leave, on_sigterm, wait_until_left
+from nltrain.store import MissingObjectError, StoreError, open_store
+from nltrain.supervision import Wish
 from nltrain.track.events import behind, put_event, read_events
 from nltrain.track.status import read_history
-from nltrain.track.supervision import Wish
 
 # A note must not hold up a restart: few tries, short silence.
 NOTE_ATTEMPTS, NOTE_TIMEOUT_S = 3, 5.0

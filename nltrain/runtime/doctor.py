@@ -18,10 +18,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from nltrain.network import free_ports
 from nltrain.runtime.facts import node_facts, store_facts, transports_in
 from nltrain.runtime.health import Finding, GroupFacts, NodeFacts, StoreFacts, all_findings, describe
 from nltrain.runtime.launch import ADDRESS_VARIABLE, LaunchError, connect
-from nltrain.runtime.local import free_ports
 from nltrain.runtime.probe import DeviceRefusedError, probe, probe_link
 
 START_TIMEOUT_S, ANSWER_TIMEOUT_S, GROUP_TIMEOUT_S = 90.0, 120.0, 60.0

@@ -19,9 +19,9 @@ from urllib.parse import urlsplit
 
 import torch
 
-from nltrain.data import StoreError, open_store
 from nltrain.runtime.health import NodeFacts, StoreFacts
 from nltrain.runtime.probe import read_driver
+from nltrain.store import StoreError, open_store
 
 PACKAGES = (
     "torch", "deepspeed", "ray", "webdataset", "wandb", "boto3", "tokenizers", "safetensors", "numpy", "triton",

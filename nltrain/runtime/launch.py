@@ -19,12 +19,11 @@ from types import FrameType
 from typing import Any
 
 from nltrain.checkpoint.catalog import attempts
-from nltrain.checkpoint.errors import CheckpointError
 from nltrain.config import RunConfig, describe, override, to_dict
-from nltrain.data import DataError, StoreError, join_url, open_store
-from nltrain.places import as_uri
+from nltrain.errors import UserError
+from nltrain.network import why_unreachable
+from nltrain.places import as_uri, join_url
 from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
-from nltrain.runtime.environment import print_anything, why_unreachable
 from nltrain.runtime.preflight import (
     check_run_can_start,
     check_shared,
@@ -32,6 +31,8 @@ from nltrain.runtime.preflight import (
     settle_assignments,
     settle_config,
 )
+from nltrain.store import StoreError, open_store
+from nltrain.terminal import print_anything
 from nltrain.track.events import put_event
 
 ADDRESS_VARIABLE = "RAY_ADDRESS"
@@ -40,7 +41,7 @@ ADDRESS_TIMEOUT_S = 5.0
 STOPPED_EXIT_CODE = 128 + signal.SIGTERM
 
 
-class LaunchError(RuntimeError):
+class LaunchError(UserError, RuntimeError):
     """The run could not be put on the cluster, or ended there with an error."""
 
 
@@ -55,12 +56,12 @@ def main(config: RunConfig, arguments: Sequence[str] | None = None) -> int:
         assignments = [argument for argument in arguments if argument != "--dry-run"]
         config = settle_config(override(config, settle_assignments(assignments)))
         if dry_run:
-            from nltrain.dry_run import dry_run as show
+            from nltrain.plan import dry_run as show
 
             print(describe(config), show(config), sep="\n\n")
             return 0
         result = launch(config)
-    except (ValueError, LaunchError, DataError, StoreError, CheckpointError) as error:
+    except (UserError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     return STOPPED_EXIT_CODE if result["left"] == "stopped" else 0

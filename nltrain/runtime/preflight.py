@@ -10,10 +10,12 @@ from dataclasses import replace
 from nltrain.checkpoint.catalog import list_checkpoints, split_resume_url
 from nltrain.checkpoint.errors import CheckpointError
 from nltrain.checkpoint.manifest import check_run
-from nltrain.config import ConfigError, RunConfig, check_vocabulary
-from nltrain.data import DataError, join_url, open_plan, open_store
-from nltrain.data.probe import check_atomic_create
-from nltrain.places import S3Place, absolute_place, as_uri, parse_place
+from nltrain.config import RunConfig, check_vocabulary
+from nltrain.data import DataError, open_plan
+from nltrain.errors import ConfigError
+from nltrain.places import S3Place, absolute_place, as_uri, join_url, parse_place
+from nltrain.store import open_store
+from nltrain.store.probe import check_atomic_create
 
 FOLDERS = ("output", "data.cache_dir", "track.wandb_dir")
 """Fields that name a folder on a machine of the run, never a URL."""

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from nltrain.errors import UserError
+
 # The oldest driver that runs a CUDA of this major version (NVIDIA's minor version compatibility).
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 MATMUL_SIZE = {"cpu": 128, "cuda": 4096}
@@ -27,7 +29,7 @@ CPU_MEMORY_BYTES = 4 << 20
 LINK_BYTES = {"cpu": 1 << 20, "cuda": 256 << 20}
 
 
-class DeviceRefusedError(RuntimeError):
+class DeviceRefusedError(UserError, RuntimeError):
     """This rank's device or driver gave a wrong answer: the rank must not train on it."""
 
 

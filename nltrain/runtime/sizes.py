@@ -1,7 +1,7 @@
 """How many of the workers that could be placed train: no more than make a quantum faster. The others wait as spares."""
 
 from nltrain.config import RunConfig
-from nltrain.levels.quantum import GroupSize, best_group_size
+from nltrain.levels.quantum import best_group_size
 
 
 class Sizes:
@@ -20,18 +20,8 @@ class Sizes:
         if num_workers < self._min_workers:
             return num_workers  # too few to start: what follows waits for more
         size = best_group_size(self._sequences, self._micro_batch_size, num_workers, self._min_workers)
-        text = choice(size)
+        text = size.describe()
         if text != self._said and size.ranks < num_workers:
             print(text, flush=True)
         self._said = text
         return size.ranks
-
-
-def choice(size: GroupSize) -> str:
-    """One line: what is there, what trains, and the predicted speeds of both."""
-    waiting = size.available - size.ranks
-    return (
-        f"{size.available} workers fit, {size.ranks} train and {waiting} wait as spares: {size.num_micro_steps} "
-        f"micro-steps per quantum, predicted speed {size.speed:.3f} of that of one worker per sequence, with all "
-        f"{size.available} it would be {size.speed_of_all:.3f}"
-    )

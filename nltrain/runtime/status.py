@@ -11,10 +11,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from nltrain.checkpoint import CheckpointError
 from nltrain.checkpoint.catalog import list_checkpoints
-from nltrain.data import MissingObjectError, StoreError, open_store
+from nltrain.errors import UserError
 from nltrain.places import split_url
+from nltrain.store import MissingObjectError, open_store
 from nltrain.track.events import newest_attempt, read_events
 from nltrain.track.progress import duration
 from nltrain.track.status import EVERY_S, KEY
@@ -24,7 +24,7 @@ SILENT_AFTER_S = 12 * EVERY_S
 ENDED = ("finished", "stopped")
 
 
-class StatusError(ValueError):
+class StatusError(UserError, ValueError):
     """There is no run to tell of; the message says where one was looked for."""
 
 
@@ -124,7 +124,7 @@ def status_main(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     try:
         status = read_status(options.run)
-    except (StatusError, StoreError, CheckpointError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(json.dumps(status) if options.json else describe_status(status))

@@ -91,7 +91,7 @@ def watch(config: Watch, poll_s: float = 0.5) -> bool:
 def tell(config: Watch, stuck: Stuck) -> None:
     """Say beside the run's checkpoints where this rank stands, whatever becomes of it. Best effort, and short."""
     find_modules()
-    from nltrain.data.store import StoreError, open_store
+    from nltrain.store import StoreError, open_store
     from nltrain.track.events import put_event
 
     store = open_store(config.store_url, attempts=1, timeout_s=WORD_TIMEOUT_S)
@@ -118,7 +118,7 @@ def act(config: Watch, stuck: Stuck) -> None:
     print(head.strip() + f"; killed; stacks in {where}", flush=True)
     signal.alarm(int(REPORT_TIMEOUT_S))  # a store that hangs must not keep this process for ever
     find_modules()
-    from nltrain.data.store import open_store
+    from nltrain.store import open_store
     from nltrain.track.events import put_event
 
     values = asdict(stuck) | {"rank": config.rank, "stacks": where, "text": stacks[:20000]}

@@ -23,11 +23,10 @@ from types import FrameType
 from typing import Any
 
 from nltrain.config import RunConfig, from_dict
-from nltrain.data import join_url
-from nltrain.places import as_uri
+from nltrain.places import as_uri, join_url
 from nltrain.runtime.failures import NodeLeaving, RankError
 from nltrain.runtime.watchdog import COLLECTIVES, HEART, HEART_BYTES, Watch
-from nltrain.track.supervision import SLOW_PHASES, Wish
+from nltrain.supervision import SLOW_PHASES, Wish
 
 _PR_SET_PTRACER = 0x59616D61
 COUNT_EVERY_S = 0.5

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from nltrain.checkpoint import CheckpointConfig
-from nltrain.data.store import Store, StoreError
 from nltrain.fragment import Fragment
+from nltrain.store import Store, StoreError
 from tests import forked
 
 # Awkward sizes: odd, prime, smaller than the number of ranks, empty; and every element size.

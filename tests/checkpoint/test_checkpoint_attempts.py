@@ -12,8 +12,8 @@ from nltrain.checkpoint import Checkpointer
 from nltrain.checkpoint.catalog import claim_attempt, list_checkpoints
 from nltrain.checkpoint.fence import Fence
 from nltrain.checkpoint.stored import StoredCheckpoint
-from nltrain.data.embedded_s3 import EmbeddedS3
-from nltrain.data.store import StoreError, open_store
+from nltrain.local.embedded_s3 import EmbeddedS3
+from nltrain.store import StoreError, open_store
 from tests.checkpoint.support import FaultyStore, assert_filled, held, settings, wanted
 
 # Before the first data file, with all data written, and between the last look for newer attempts and the commit itself.
@@ -22,7 +22,7 @@ MOMENTS = ("/state-00000", "/layout.json", "/manifest.json")
 WORKER = """
 import signal, sys, threading
 from nltrain.checkpoint import Checkpointer, StaleAttemptError
-from nltrain.data.store import open_store
+from nltrain.store import open_store
 from tests.checkpoint.support import held, settings
 
 url, run, moment = sys.argv[1:]

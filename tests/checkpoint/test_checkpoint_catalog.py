@@ -17,7 +17,7 @@ from nltrain.checkpoint.catalog import (
 )
 from nltrain.checkpoint.errors import CheckpointError, StaleAttemptError
 from nltrain.checkpoint.manifest import FileEntry, Manifest, checkpoint_name, key_of
-from nltrain.data.store import open_store
+from nltrain.store import open_store
 
 
 def info(tokens: int, attempt: int = 1, complete: bool = True) -> CheckpointInfo:

@@ -25,8 +25,8 @@ from nltrain.checkpoint.catalog import list_checkpoints
 from nltrain.checkpoint.manifest import checkpoint_name, key_of, parse_manifest
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.checkpoint.tree import sha256_of
-from nltrain.data.store import StoreError, open_store
 from nltrain.fragment import Fragment
+from nltrain.store import StoreError, open_store
 from tests.checkpoint.support import FaultyStore, assert_filled, held, settings, wanted
 
 CONFIG = {"seed": 1, "lr": 0.1}

@@ -15,8 +15,8 @@ from nltrain.checkpoint import Checkpointer, capture_rng, restore_rng
 from nltrain.checkpoint.manifest import checkpoint_name
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.checkpoint.tools import export, read_exported
-from nltrain.data.store import open_store
 from nltrain.levels.scheduler import LevelScheduler
+from nltrain.store import open_store
 from tests.checkpoint.support import run_ranks, settings
 from tests.levels.toys import SEQ_LEN, Toy, batch, gathered, levels, train, worst_error
 

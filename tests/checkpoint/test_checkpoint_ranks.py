@@ -7,17 +7,8 @@ import torch
 
 from nltrain.checkpoint import Checkpointer, CheckpointError, MismatchError, SaveFailedError, StaleAttemptError
 from nltrain.checkpoint.manifest import checkpoint_name, key_of
-from nltrain.data.store import open_store
-from tests.checkpoint.support import (
-    LAYOUTS,
-    TENSORS,
-    FaultyStore,
-    assert_filled,
-    held,
-    run_ranks,
-    settings,
-    wanted,
-)
+from nltrain.store import open_store
+from tests.checkpoint.support import LAYOUTS, TENSORS, FaultyStore, assert_filled, held, run_ranks, settings, wanted
 
 CUTS = sorted(LAYOUTS)
 UNIQUE_BYTES = sum(total * dtype.itemsize for total, dtype in TENSORS.values())

@@ -14,8 +14,8 @@ from nltrain.checkpoint.errors import MismatchError
 from nltrain.checkpoint.manifest import checkpoint_name, key_of
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.checkpoint.tools import export, export_main, list_main, read_exported, verify_main
-from nltrain.data.store import open_store
 from nltrain.fragment import Fragment
+from nltrain.store import open_store
 from tests.checkpoint.support import settings
 
 SHAPES = {"embed": (100, 33), "layer.w": (64, 65), "layer.b": (65,)}
@@ -120,7 +120,7 @@ import resource, sys
 from pathlib import Path
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.checkpoint.tools import export
-from nltrain.data.store import open_store
+from nltrain.store import open_store
 stored = StoredCheckpoint(open_store(sys.argv[1]), "big", sys.argv[2])
 def peak_bytes():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

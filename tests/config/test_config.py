@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from nltrain.config import ConfigError, RunConfig, describe, flatten, from_dict, override, to_dict
+from nltrain.config import RunConfig, describe, flatten, from_dict, override, to_dict
+from nltrain.errors import ConfigError
 
 JOBS = ("jobs.hope_tiny", "jobs.hope_760m", "jobs.hope_1p3b", "jobs.hope_1p3b_256", "jobs.hope_1p3b_512")
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from nltrain.data.embedded_s3 import EmbeddedS3
+from nltrain.local.embedded_s3 import EmbeddedS3
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from nltrain.data import Batch, PrepareConfig, SamplePlan, TokenDataset, open_store, prepare_tokens, train_tokenizer
+from nltrain.data import Batch, SamplePlan, TokenDataset, train_tokenizer
+from nltrain.data.prepare import PrepareConfig, prepare_tokens
+from nltrain.store import open_store
 
 VOCABULARY = 300
 TOKENIZER = train_tokenizer(["a few words, not many, and a few more"], VOCABULARY)

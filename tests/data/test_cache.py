@@ -12,9 +12,9 @@ import pytest
 
 from nltrain.data import DataConfig, DataError, TokenStream, open_plan
 from nltrain.data.cache import ShardCache
-from nltrain.data.embedded_s3 import EmbeddedS3
-from nltrain.data.fault_proxy import FaultProxy
 from nltrain.data.stream import sequential_ranges
+from nltrain.local.embedded_s3 import EmbeddedS3
+from nltrain.local.fault_proxy import FaultProxy
 from tests.data.support import contents, make_dataset, rows
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,10 @@ VALUE = "…"
 PAGE = (ROOT / "docs" / "when-it-fails.md").read_text(encoding="utf-8")
 SECTION = PAGE.partition("## Preparing data\n")[2].partition("\n## ")[0]
 ERRORS = {"DataError", "StoreError", "MissingObjectError", "PlaceError", "ConfigError"}
-FILES = "inputs decompress json_records sources prepare prepare_files tokenizer store probe"
 SOURCES = [
-    *(ROOT / "nltrain" / "data" / f"{name}.py" for name in FILES.split()),
+    *(ROOT / "nltrain" / "data" / "prepare").glob("*.py"),
+    *(ROOT / "nltrain" / "store").glob("*.py"),
+    ROOT / "nltrain" / "data" / "tokenizer.py",
     ROOT / "nltrain" / "places.py",
     ROOT / "jobs" / "prepare_shards.py",
 ]

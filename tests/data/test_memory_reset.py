@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from nltrain.data import DataConfig, PrepareConfig, TokenStream, open_plan, open_store, prepare_tokens
+from nltrain.data import DataConfig, TokenStream, open_plan
+from nltrain.data.prepare import PrepareConfig, prepare_tokens
 from nltrain.model import build, preset
+from nltrain.store import open_store
 from tests.data.support import TOKENIZER
 
 

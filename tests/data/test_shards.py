@@ -9,9 +9,10 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nltrain.data import DataError, TokenDataset, open_store
+from nltrain.data import DataError, TokenDataset
 from nltrain.data.shards import MemberView, ShardIndex, ShardPacker, member_range
 from nltrain.data.tokenizer import token_dtype
+from nltrain.store import open_store
 from tests.data.support import make_dataset
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nltrain.data import Batch, DataConfig, DataError, MissingObjectError, TokenStream, open_plan, open_store
-from nltrain.data.embedded_s3 import EmbeddedS3
-from nltrain.data.fault_proxy import FaultProxy
+from nltrain.data import Batch, DataConfig, DataError, TokenStream, open_plan
 from nltrain.data.stream import sequential_ranges
 from nltrain.levels.quantum import cut_quantum
+from nltrain.local.embedded_s3 import EmbeddedS3
+from nltrain.local.fault_proxy import FaultProxy
+from nltrain.store import MissingObjectError, open_store
 from tests.data.support import contents, make_dataset, rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -292,7 +293,8 @@ def test_wrong_configurations_are_refused_in_one_line(bucket: str, tmp_path: Pat
 
 
 def test_mixed_vocabularies_are_refused(tmp_path: Path) -> None:
-    from nltrain.data import PrepareConfig, prepare, train_tokenizer
+    from nltrain.data import train_tokenizer
+    from nltrain.data.prepare import PrepareConfig, prepare
 
     for name, words in (("a", "some words"), ("b", "entirely different text, in more words")):
         tokenizer = train_tokenizer([words] * 3, 260 + len(words))

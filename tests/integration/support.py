@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nltrain.data import PrepareConfig, open_store, prepare, stdlib_corpus, train_tokenizer
-from nltrain.data.embedded_s3 import EmbeddedS3
-from nltrain.runtime.drill import QUIET_START_S
-from nltrain.runtime.local import LocalCluster
-from nltrain.runtime.processes import Owner, wait_gone
+from nltrain.data import train_tokenizer
+from nltrain.data.prepare import PrepareConfig, prepare, stdlib_corpus
+from nltrain.local.cluster import LocalCluster
+from nltrain.local.drill import QUIET_START_S
+from nltrain.local.embedded_s3 import EmbeddedS3
+from nltrain.local.processes import Owner, wait_gone
+from nltrain.store import open_store
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "nltrain-test"

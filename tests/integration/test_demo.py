@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.demo_environments import one_file
-from nltrain.runtime.hostile import STRANGER, can_be_a_stranger, hostile, without_home
+from nltrain.local.hostile import STRANGER, can_be_a_stranger, hostile, without_home
 from nltrain.track.metrics import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]

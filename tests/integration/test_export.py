@@ -10,11 +10,11 @@ import torch
 
 from nltrain.checkpoint import Checkpointer
 from nltrain.checkpoint.errors import MismatchError
+from nltrain.checkpoint.exported import load_model
 from nltrain.checkpoint.tools import export_main
-from nltrain.data.store import open_store
-from nltrain.exported import load_model
 from nltrain.levels.scheduler import LevelScheduler
 from nltrain.model import LanguageModel, ModelConfig, build, preset
+from nltrain.store import open_store
 from tests.checkpoint.support import run_ranks, settings
 from tests.levels.toys import SEQ_LEN, levels, train
 

@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from nltrain.runtime.processes import owned, reap_abandoned, record_folder, wait_gone
+from nltrain.local.processes import owned, reap_abandoned, record_folder, wait_gone
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from nltrain.runtime.demo import kill_one_rank_half_way
+from nltrain.local.demo import kill_one_rank_half_way
 from nltrain.track.metrics import effective, read_rows
 from tests.integration.support import BUCKET, QUANTUM, World, world
 

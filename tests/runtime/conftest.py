@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from nltrain.runtime.drill import Drill
-from nltrain.runtime.processes import owned
+from nltrain.local.drill import Drill
+from nltrain.local.processes import owned
 
 
 @pytest.fixture(scope="package")

@@ -15,11 +15,13 @@ import torch.distributed as dist
 
 from nltrain.checkpoint import CheckpointConfig, Checkpointer
 from nltrain.checkpoint.catalog import list_checkpoints
-from nltrain.data import PrepareConfig, open_store, prepare, stdlib_corpus, train_tokenizer
+from nltrain.data import train_tokenizer
+from nltrain.data.prepare import PrepareConfig, prepare, stdlib_corpus
 from nltrain.fragment import Fragment
+from nltrain.local.drill import SEQ_LEN, VOCAB_SIZE
 from nltrain.loop import train
-from nltrain.runtime.drill import SEQ_LEN, VOCAB_SIZE
-from nltrain.runtime.local import free_ports
+from nltrain.network import free_ports
+from nltrain.store import open_store
 
 SMALL_DISK = "16k"  # four pages: the run's first records, and no more
 MOUNT = f"mount -t tmpfs -o size={SMALL_DISK} none $0/small && mount -t tmpfs -o size=8m none $0/disk && exec "

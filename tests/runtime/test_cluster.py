@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from nltrain.data import open_store
-from nltrain.runtime.drill import DIE_ON_BAD_NODE, QUANTUM, Job, planted
+from nltrain.local.drill import DIE_ON_BAD_NODE, QUANTUM, Job, planted
 from nltrain.runtime.status import describe_status, read_status
+from nltrain.store import open_store
 from nltrain.track.events import read_events
 from nltrain.track.goodput import goodput
 from nltrain.track.metrics import effective

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 
-from nltrain.runtime.drill import BUCKET, ROOT
+from nltrain.local.drill import BUCKET, ROOT
 
 
 def doctor(drill, *arguments, **environment):

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 
-from nltrain.config import ConfigError
+from nltrain.errors import ConfigError
 from nltrain.runtime.config import ClusterConfig
 from nltrain.runtime.failures import MAX_SILENT, Failure, FailureLedger, NodeLeaving, RankError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from nltrain.runtime.drill import QUANTUM
+from nltrain.local.drill import QUANTUM
 from tests.runtime.full_disk import FULL_DISK, MOUNT
 from tests.runtime.test_going_on import QUANTA
 

@@ -19,13 +19,15 @@ import torch.multiprocessing
 from nltrain.checkpoint import fence
 from nltrain.checkpoint.catalog import attempts, claim_attempt, list_checkpoints, read_manifest
 from nltrain.config import override
-from nltrain.data import PrepareConfig, open_store, prepare, stdlib_corpus, train_tokenizer
-from nltrain.evaluate import Validation
+from nltrain.data import train_tokenizer
+from nltrain.data.prepare import PrepareConfig, prepare, stdlib_corpus
+from nltrain.evaluate.validation import Validation
+from nltrain.local.drill import QUANTUM, SEQ_LEN, SMALL, VOCAB_SIZE
 from nltrain.loop import train
-from nltrain.runtime.drill import QUANTUM, SEQ_LEN, SMALL, VOCAB_SIZE
-from nltrain.runtime.local import free_ports
+from nltrain.network import free_ports
+from nltrain.store import open_store
+from nltrain.supervision import Unsupervised
 from nltrain.track.metrics import effective, read_rows
-from nltrain.track.supervision import Unsupervised
 from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]

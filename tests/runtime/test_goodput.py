@@ -7,8 +7,8 @@ import time
 import pytest
 
 from nltrain.cli import main
-from nltrain.data import open_store
 from nltrain.runtime.status import StatusError, describe_status, read_status
+from nltrain.store import open_store
 from nltrain.track.events import put_event, read_events, reason_of
 from nltrain.track.goodput import goodput, stragglers
 from nltrain.track.publisher import Publisher

@@ -10,18 +10,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nltrain.data import StoreError
-from nltrain.data.store import LocalStore
 from nltrain.runtime import facts, health
 from nltrain.runtime.health import GroupFacts, NodeFacts, StoreFacts, all_findings, describe
-from nltrain.runtime.probe import (
-    DeviceRefusedError,
-    driver_problem,
-    probe,
-    probe_compute,
-    probe_link,
-    probe_memory,
-)
+from nltrain.runtime.probe import DeviceRefusedError, driver_problem, probe, probe_compute, probe_link, probe_memory
+from nltrain.store import LocalStore, StoreError
 
 CPU = torch.device("cpu")
 RATE = StoreFacts(put_bytes_per_s=200e6, get_bytes_per_s=300e6)

@@ -14,17 +14,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
-from nltrain.config import ConfigError, override
-from nltrain.data import PrepareConfig, open_store, prepare, stdlib_corpus, train_tokenizer
+from nltrain.config import override
+from nltrain.data import train_tokenizer
+from nltrain.data.prepare import PrepareConfig, prepare, stdlib_corpus
+from nltrain.errors import ConfigError
 from nltrain.levels.quantum import cut_quantum
+from nltrain.local.drill import QUANTUM, SEQ_LEN, SMALL, VOCAB_SIZE
 from nltrain.loop import train
 from nltrain.model import LanguageModel
-from nltrain.record import claim_folder
-from nltrain.runtime.drill import QUANTUM, SEQ_LEN, SMALL, VOCAB_SIZE
-from nltrain.runtime.local import free_ports
+from nltrain.network import free_ports
+from nltrain.store import open_store
+from nltrain.supervision import Wish
 from nltrain.track.metrics import read_rows
 from nltrain.track.progress import Meter
-from nltrain.track.supervision import Wish
+from nltrain.track.record import claim_folder
 from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,12 +12,11 @@ PAGE = (ROOT / "docs" / "when-it-fails.md").read_text()
 SECTION = PAGE.partition("## Running\n")[2].partition("\n## ")[0]
 # Where each error that a user can meet has to be explained.
 EXPLAINED = [
-    *(f"nltrain/runtime/{name}.py" for name in (
-        "config", "demo", "environment", "launch", "local", "own_ray", "preflight", "status"
-    )),
-    "nltrain/config.py", "nltrain/record.py", "nltrain/run.py",
+    *(f"nltrain/runtime/{name}.py" for name in ("config", "launch", "preflight", "status")),
+    *(f"nltrain/local/{name}.py" for name in ("cluster", "demo", "environment", "own_ray")),
+    "nltrain/config.py", "nltrain/track/record.py", "nltrain/run.py",
 ]  # fmt: skip
-ALSO = ["nltrain/checkpoint", "nltrain/track", "nltrain/places.py", "nltrain/data"]
+ALSO = ["nltrain/checkpoint", "nltrain/track", "nltrain/places.py", "nltrain/data", "nltrain/store", "nltrain/local"]
 
 
 def text_of(node: ast.AST) -> str:
@@ -48,7 +47,7 @@ DOCUMENTED = [
     for match in re.finditer(r"(?:^|,\s+)(``|`)(.+?)\1(?=[:,])", " ".join(entry.split()))
 ]
 PATTERNS = [pattern(message) for message in DOCUMENTED]
-SAID = {text_of(node) for tree in parsed([*EXPLAINED, *ALSO, "nltrain/runtime/patience.py"]) for node in ast.walk(tree)}
+SAID = {text_of(node) for tree in parsed([*EXPLAINED, *ALSO, "nltrain/local/patience.py"]) for node in ast.walk(tree)}
 RAISED = sorted(
     {
         text_of(node.exc.args[0])

@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load
 
-from nltrain.data import PrepareConfig, open_store, prepare, stdlib_corpus, train_tokenizer
-from nltrain.runtime.drill import BUCKET, ROOT, VOCAB_SIZE
+from nltrain.data import train_tokenizer
+from nltrain.data.prepare import PrepareConfig, prepare, stdlib_corpus
+from nltrain.local.drill import BUCKET, ROOT, VOCAB_SIZE
+from nltrain.store import open_store
 from nltrain.track.metrics import effective
 
 SEQ_LEN = 4096

@@ -2,10 +2,10 @@
 
 import pytest
 
-from nltrain.data import open_store
 from nltrain.runtime.controller import JudgedFailures
 from nltrain.runtime.failures import Failure, NodeLeaving, RankError
 from nltrain.runtime.strikes import Place, Strikes, note_strike
+from nltrain.store import open_store
 from nltrain.track.events import behind, put_event, read_events, reason_of
 
 HOUR_S = 3600.0

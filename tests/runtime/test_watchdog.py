@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nltrain.data import open_store
+from nltrain.store import open_store
 from nltrain.track.events import read_events, reason_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""What a model is worth: loss on held-out text beside what counting achieves, and a sample."""

@@ -1,0 +1,73 @@
+"""The environment of what runs on this machine alone: nothing of the user's leaks in, nothing of the user's is touched.
+
+A local cluster and what it starts get a home folder of their own, so that no profile, netrc, token or cache file of the
+user is read or written, and none of the variables that send Ray, S3 or W&B elsewhere. What has nothing to do with a
+place (PATH, PYTHONPATH, LD_LIBRARY_PATH, thread counts) is kept.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from nltrain.errors import UserError
+
+# Each of these families can send a local run to a machine, an account or an interface that is not its own.
+FOREIGN = ("AWS_", "RAY_", "WANDB_", "GLOO_", "NCCL_", "BOTO_")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+# Ray asks them which cloud it is in; only this machine itself can, no proxy.
+METADATA = ("169.254.169.254", "metadata.google.internal")
+# Unix sockets need short paths, wherever TMPDIR points.
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
+
+
+class EnvironmentRefusedError(UserError, RuntimeError):
+    """This machine lacks something that no variable can replace; the message says what."""
+
+
+def without_foreign(environment: Mapping[str, str]) -> dict[str, str]:
+    """`environment` without the variables of FOREIGN and without proxies: what is local needs none."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if not name.startswith(FOREIGN) and not name.lower().endswith("_proxy")
+    }
+
+
+def own_home(folder: Path) -> dict[str, str]:
+    """Makes `folder` the home of what is started with these variables; also where the user has none, or no name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        "HOME": str(folder),
+        # A uid without an entry in /etc/passwd has no name that getpass could find.
+        "USER": "nltrain",
+        "LOGNAME": "nltrain",
+        "XDG_CONFIG_HOME": str(folder / "config"),
+        "XDG_CACHE_HOME": str(folder / "cache"),
+        "XDG_DATA_HOME": str(folder / "data"),
+        "MPLCONFIGDIR": str(folder / "matplotlib"),
+        # A netrc with a default entry would replace the token of every request to the local cluster.
+        "NETRC": os.devnull,
+        # Whatever the locale says, files and logs are UTF-8.
+        "PYTHONUTF8": "1",
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
+        "NO_PROXY": ",".join(LOOPBACK),
+        "no_proxy": ",".join(LOOPBACK),
+    }
+
+
+def short_folder() -> Path:
+    """A writable folder with a short path, for links to where sockets lie. Raises EnvironmentRefusedError."""
+    for name in SHORT_FOLDERS:
+        if os.path.isdir(name) and os.access(name, os.W_OK | os.X_OK):
+            return Path(name)
+    raise EnvironmentRefusedError(
+        f"none of {', '.join(SHORT_FOLDERS)} is a writable folder: Unix sockets need a short path; make one writable"
+    )
+
+
+def reach_loopback_directly() -> None:
+    """In this process: no proxy stands between it and this machine; other hosts keep it."""
+    for name in ("NO_PROXY", "no_proxy"):
+        hosts = [host for host in os.environ.get(name, os.environ.get("no_proxy", "")).split(",") if host.strip()]
+        if "*" not in hosts:
+            os.environ[name] = ",".join([*hosts, *(host for host in (*LOOPBACK, *METADATA) if host not in hosts)])
