@@ -144,6 +144,7 @@ class Run:
             self._stream.close()
         if kind is not None:
             self.checkpoints.settle(LAST_SAVE_S)  # what was trained and copied may still be committed
+        self.checkpoints.close()
         if self._fence:
             self._fence.close()
         self.record.close(exit_code=0 if kind is None else 1)

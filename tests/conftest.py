@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from typing import Any
 
@@ -68,3 +69,21 @@ def slowness() -> float:
     started_s = time.monotonic()
     subprocess.run([sys.executable, "-c", "import torch, ray"], check=True)
     return max(1.0, (time.monotonic() - started_s) / QUIET_IMPORT_S)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Any]:
+    """One embedded S3 server for all tests of this worker that need no other."""
+    from nltrain.local.embedded_s3 import EmbeddedS3  # absent where only torch and pytest are
+
+    with EmbeddedS3() as server:
+        yield server
+
+
+@pytest.fixture
+def bucket(s3: Any, request: pytest.FixtureRequest) -> Iterator[str]:
+    """URL of an empty bucket; the environment points at the server."""
+    name = f"test-{abs(hash(request.node.nodeid)) % 10**12}"
+    with s3.in_environment():
+        s3.create_bucket(name)
+        yield f"s3://{name}"

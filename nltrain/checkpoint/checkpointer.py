@@ -43,6 +43,7 @@ from nltrain.checkpoint.tree import canonical_json, dump, sha256_of, split
 from nltrain.collectives import Ranks
 from nltrain.fragment import Fragment
 from nltrain.store import Store, StoreError
+from nltrain.store.sender import SendingStore, sending
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,8 @@ class Checkpointer:
 
     def __init__(self, store: Store, run: str, attempt: int | None, config: CheckpointConfig) -> None:
         self.store, self.run, self.config = store, check_run(run), config
+        # Reading and small requests stay here; only what would hold up the training loop goes through the process.
+        self._uploads = sending(store, config.num_threads) if config.upload_process else store
         self._ranks, self._writing_ranks = Ranks(config.timeout_s), Ranks(config.timeout_s)
         nonce = uuid.uuid4().hex
         self.attempt: int = self._ranks.from_first(lambda: claim_attempt(store, run, attempt, nonce))
@@ -220,6 +223,11 @@ class Checkpointer:
         """Give the save in flight up to `timeout_s` to end, on the way out of a run that failed. Not collective."""
         if self._thread is not None:
             self._thread.join(timeout_s)
+
+    def close(self) -> None:
+        """End the process that uploads, where there is one. Not collective."""
+        if isinstance(self._uploads, SendingStore):
+            self._uploads.close()
 
     def poll(self) -> list[SaveResult]:
         """The saves that ended since the last call, for the metrics."""
@@ -367,7 +375,7 @@ class Checkpointer:
         if rank == 0:
             files.append((self._key(job, LAYOUT), LAYOUT, lambda: self._layout))
             files.append((self._key(job, STATE), STATE, lambda: job.state))
-        return write_files(self.store, files, self.config.num_threads)
+        return write_files(self._uploads, files, self.config.num_threads)
 
     def _commit(self, job: _Job, reports: list[dict[str, Any]]) -> dict[str, Any]:
         if failed := [report["error"] for report in reports if "error" in report]:

@@ -39,6 +39,9 @@ class CheckpointConfig:
     """Largest file written, bytes; a rank's share is cut into files of at most this size."""
     num_threads: int = 4
     """Files written or read at a time by one rank."""
+    upload_process: bool = True
+    """Files go to S3 from a process beside the rank, because an upload on a thread slows the training loop; it needs
+    num_threads times max_file_bytes of host memory. False: on threads of the rank."""
     timeout_s: float = 1800.0
     """Longest wait for a save, or for the other ranks in one, seconds."""
 
