@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nltrain.data import Batch
+from nltrain.levels.groups import Group
 from nltrain.levels.guard import COUNTS, judge_ranks
 from nltrain.levels.layout import FlatLayout
 from nltrain.levels.ledger import Ledger
@@ -60,7 +61,9 @@ def one_after_another(num_ranks: int) -> tuple[Tensor, int, int]:
     numel = sum(p.numel() for p in parameters)
     layout = FlatLayout([p.numel() for p in parameters], 1, numel)
     ledger = Ledger()
-    window = LocalWindow("all", [parameters], [layout], torch.float32, torch.device("cpu"), ledger)
+    window = LocalWindow(
+        "all", [Group.of(list(model.named_parameters()))], [layout], torch.float32, torch.device("cpu"), ledger
+    )
     num_targets = padded = 0
     for step in cut_quantum(SEQUENCES, MICRO_BATCH, num_ranks):
         batches = [batch_of(indices) for indices in step]
