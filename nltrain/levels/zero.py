@@ -145,10 +145,10 @@ class ZeroOneTwoAdapter(_Adapter):
         levels: LevelsConfig,
         ledger: Ledger,
     ):
-        module = _Holder([parameter for _, parameter in part.parameters])
-        super().__init__(part, module, optimizer, levels, ledger, {"compute_grad_norm": False})
+        parameters = [parameter for group in groups for parameter in group.parameters]
+        super().__init__(part, _Holder(parameters), optimizer, levels, ledger, {"compute_grad_norm": False})
         # Views that would keep a sleeping level's masters in device memory.
-        for _, parameter in part.parameters:
+        for parameter in parameters:
             setattr(parameter, "_hp_mapping", None)  # noqa: B010 - an attribute deepspeed adds
         self._zero._hp_optimizer_states_linked = True
         self.masters: list[Tensor] = list(self._zero.single_partition_of_fp32_groups)
