@@ -127,7 +127,7 @@ class LevelConfig:
     phase_tokens: int | None = None
     """tick when floor((T + phase) / period) grows; None staggers slow levels so that their ticks do not coincide"""
     optimizer: str = "adamw"
-    """adamw | sgd, see levels/optimizers.py"""
+    """name of an optimizer in levels/optimizers.py: adamw, sgd, ..."""
     lr: float = 1e-3
     """learning rate of a tick before the schedule's factor, >= 0; at 0 the weights stay and the moments still change"""
     betas: tuple[float, float] = (0.9, 0.95)

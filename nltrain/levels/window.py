@@ -241,7 +241,7 @@ class ReductionOrder:
             self._next += 1
 
     def complete(self) -> None:
-        """After backward, on every rank: starts what is left and waits for all."""
+        """After backward, on every rank: starts the remaining reductions and waits for all."""
         for turn in range(self._next, len(self._turns)):
             self._start(turn)
         # A parameter used inside and outside a reentrant checkpoint has a second gradient after its group was reduced.

@@ -1,4 +1,4 @@
-"""The adapters are alike: masters, layouts, a step and the weights that the model computes with, at every stage."""
+"""Both adapters behave the same: masters, layouts, a step, and the weights that the model computes with."""
 
 import re
 from functools import partial
