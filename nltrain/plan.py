@@ -11,7 +11,7 @@ import torch
 
 from nltrain.config import RunConfig
 from nltrain.levels.clock import TokenClock, staggered_phases
-from nltrain.levels.config import LevelConfig
+from nltrain.levels.optimizers import optimizer_of
 from nltrain.levels.plan import LevelPart, plan_levels
 from nltrain.levels.quantum import best_group_size, cut_quantum
 from nltrain.model import build
@@ -40,15 +40,6 @@ class LevelBytes:
         return sum(vars(self).values())
 
 
-def moments_per_parameter(level: LevelConfig) -> int:
-    """Optimizer tensors of a parameter's size."""
-    if level.frozen:
-        return 0
-    if level.optimizer == "adamw":
-        return 2
-    return 1 if level.momentum else 0
-
-
 def level_bytes(part: LevelPart, dtype_bytes: int, world_size: int, measured: bool) -> LevelBytes:
     """What one rank's device holds of a level between two ticks, and its gradients at the end of a backward."""
     n, level = part.num_parameters, part.config
@@ -60,7 +51,7 @@ def level_bytes(part: LevelPart, dtype_bytes: int, world_size: int, measured: bo
         gradients=trained * dtype_bytes * n,
         accumulator=trained * FP32_BYTES * (n if level.zero_stage == 1 else shard),
         masters=awake * FP32_BYTES * shard,
-        moments=awake * FP32_BYTES * moments_per_parameter(level) * shard,
+        moments=awake * optimizer_of(level).state_bytes(level) * shard,
         start=awake * FP32_BYTES * shard * trained * measured,
     )
 
@@ -109,8 +100,10 @@ def dry_run(config: RunConfig) -> str:
     lines.append(_row("all", sums))
     checkpoint = sum(
         part.num_parameters
-        * FP32_BYTES
-        * (1 + moments_per_parameter(part.config) + (not part.config.frozen) * (1 + config.levels.measure_changes))
+        * (
+            FP32_BYTES * (1 + (not part.config.frozen) * (1 + config.levels.measure_changes))
+            + optimizer_of(part.config).state_bytes(part.config)
+        )
         for part in parts
     )
     minutes = config.checkpoint.every_minutes

@@ -1,9 +1,8 @@
 """The token clock: which level is due when, in pure integers.
 
-A level of period C and phase p has made floor((T + p) / C) ticks when T tokens were consumed, T a multiple of the
-quantum: for every cut of a quantum into micro-steps, every world size and every restart. An overshoot over the period
-is carried into the next window, never lost. No clock state exists beside T: a resumed run cannot disagree with an
-uninterrupted one.
+After T tokens, T a multiple of the quantum, a level of period C and phase p has made floor((T + p) / C) ticks. This
+does not depend on how a quantum is cut into micro-steps, on the world size or on restarts. Tokens beyond the period
+count towards the next tick. T is the only clock state: a resumed run cannot disagree with an uninterrupted one.
 """
 
 from collections.abc import Sequence
@@ -48,11 +47,11 @@ class TokenClock:
 
 
 def staggered_phases(periods: Sequence[int], phases: Sequence[int | None], quantum: int) -> tuple[int, ...]:
-    """Phases in tokens: those given are kept, a None is chosen so that no two slow levels tick in one quantum.
+    """Phases in tokens. Given phases are kept; each None is chosen so that no two slow levels tick in one quantum.
 
-    A level that is due every quantum (period < 2 quanta) collides with all and is left at 0. Levels are placed fastest
-    first, each at the smallest shift with the fewest coincidences with those placed; where the periods have no common
-    divisor some coincidences cannot be avoided.
+    A level that is due in nearly every quantum (period < 2 quanta) coincides with all others and gets phase 0. Slow
+    levels are placed one by one, the fastest first. Each takes the smallest phase that gives the fewest coincidences
+    with those already placed. Where the periods have no common divisor, some coincidences cannot be avoided.
     """
     horizon = 4096  # quanta looked at: more than the least common multiple of any sensible set of periods
     taken: set[int] = set()

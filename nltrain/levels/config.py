@@ -1,21 +1,23 @@
 """Configuration of levels: who steps when, with which optimizer, on which ZeRO stage.
 
 Frozen dataclasses, validated on construction; an error names field, value and remedy. Every period and every schedule
-is counted in global training tokens T, never in optimizer steps, so that world size, micro-batch and accumulation are a
-machine's business. Imports neither deepspeed nor torch.
+is counted in global training tokens T, never in optimizer steps. The result therefore does not depend on world size,
+micro-batch and accumulation. Imports neither deepspeed nor torch.
 """
 
 import math
 from dataclasses import dataclass, field, replace
 
 from nltrain.errors import ConfigError
+from nltrain.levels import optimizers
 
-OPTIMIZERS = ("adamw", "sgd")
+MODES = {1: "local", 2: "sharded", 3: "gathered"}
+"""{ZeRO stage: how a level sums its gradients over ranks, docs/levels.md}."""
 SCHEDULES = ("constant", "linear", "cosine", "wsd")
 VECTORS = "vectors"
 """As a member of no_decay: every parameter of fewer than two dimensions."""
 NO_DECAY = (VECTORS, "*bias", "*norm.*", "*conv.*", "*memories.*")
-"""What is not decayed by default: vectors and scalars, biases of any shape, norms, convolutions, memories."""
+"""Not decayed by default: vectors and scalars, biases of any shape, norms, convolutions, memories."""
 EXTENSIONS = ("follow", "rewarm", "flat", "refuse")
 
 
@@ -30,7 +32,7 @@ def _require(condition: bool, where: str, name: str, value: object, remedy: str)
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """Learning-rate factor as a function of T (tokens), the same for all levels: slow ones warm up with the others."""
+    """Learning-rate factor as a function of T (tokens). It is the same for all levels, so that all warm up together."""
 
     kind: str = "constant"
     """constant | linear | cosine | wsd (warm-up, stable, linear decay); shape after the warm-up"""
@@ -43,10 +45,11 @@ class ScheduleConfig:
     decay_fraction: float = 0.2
     """wsd only: the last part of total_tokens over which the factor decays, in (0, 1]"""
     extension: str = "follow"
-    """of a run resumed with another schedule: follow (take the new curve at once, with a line), refuse, or from
-    extends_tokens on: rewarm (rise to 1 over warmup_tokens, then decay to total_tokens), flat (stay where it ended)"""
+    """what a run does that is resumed with another schedule: follow (take the new curve at once, and log it), refuse,
+    or from extends_tokens on: rewarm (rise to 1 over warmup_tokens, then decay to total_tokens) or flat (keep the last
+    factor)"""
     extends_tokens: int = 0
-    """rewarm and flat: T at which the schedule before ended (its total_tokens); up to there it holds. 0: none"""
+    """rewarm and flat only: total_tokens of the earlier schedule, which holds up to that T; 0: no earlier schedule"""
 
     def __post_init__(self) -> None:
         where = "ScheduleConfig"
@@ -61,7 +64,7 @@ class ScheduleConfig:
             where,
             "extends_tokens",
             self.extends_tokens,
-            f"extension={self.extension} needs the total_tokens with which the schedule before ended",
+            f"extension={self.extension} needs the total_tokens of the earlier schedule",
         )
         if extended and self.kind != "constant":
             least = self.extends_tokens + self.warmup_tokens
@@ -124,9 +127,9 @@ class LevelConfig:
     phase_tokens: int | None = None
     """tick when floor((T + phase) / period) grows; None staggers slow levels so that their ticks do not coincide"""
     optimizer: str = "adamw"
-    """adamw | sgd"""
+    """name of an optimizer in levels/optimizers.py: adamw, sgd, ..."""
     lr: float = 1e-3
-    """learning rate per tick before the schedule's factor, >= 0; 0 keeps the level where it is, its moments go on"""
+    """learning rate of a tick before the schedule's factor, >= 0; at 0 the weights stay and the moments still change"""
     betas: tuple[float, float] = (0.9, 0.95)
     """adamw only: decay of the two moments per tick"""
     eps: float = 1e-8
@@ -136,13 +139,13 @@ class LevelConfig:
     weight_decay: float = 0.0
     """decoupled, per base period: a tick multiplies weights by (1 - lr weight_decay)^(window tokens / base period)"""
     no_decay: tuple[str, ...] = NO_DECAY
-    """fnmatch patterns over named_parameters() that weight_decay leaves alone; "vectors": all below two dimensions"""
+    """fnmatch patterns over named_parameters(): not decayed; "vectors": all with fewer than two dimensions"""
     clip_norm: float | None = 1.0
-    """clips the level's mean gradient over the window to this norm; None does not clip"""
+    """largest norm of the level's mean gradient over the window; None does not clip"""
     zero_stage: int = 1
     """1: sums locally, reduces at the tick; 2: reduces every micro-step into shards; 3: also shards the weights"""
     offload: bool = False
-    """masters and optimizer state sleep in host memory between ticks: saves 12 bytes per parameter / world size"""
+    """keeps masters and optimizer state in host memory between ticks: saves 12 bytes per parameter / world size"""
     frozen: bool = False
     """never updated; its weights are still sharded, saved and exported"""
     max_relative_change: float | None = None
@@ -167,15 +170,13 @@ class LevelConfig:
             "phase_tokens",
             f"must be None or in [0, period_tokens = {self.period_tokens})",
         )
-        need(self.optimizer in OPTIMIZERS, "optimizer", f"choose one of {', '.join(OPTIMIZERS)}")
+        for name, remedy in optimizers.problems(self):
+            need(False, name, remedy)
         need(self.lr >= 0 and math.isfinite(self.lr), "lr", "must be finite and >= 0")
-        need(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", "two numbers in [0, 1)")
-        need(self.eps > 0, "eps", "must be > 0")
-        need(0 <= self.momentum < 1, "momentum", "must be in [0, 1)")
         need(self.weight_decay >= 0 and self.lr * self.weight_decay < 1, "weight_decay", "must be >= 0 and lr * it < 1")
         need(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be > 0, or None for no clipping")
         need(
-            self.zero_stage in (1, 2, 3),
+            self.zero_stage in MODES,
             "zero_stage",
             "choose 1, 2 or 3 (stage 0 reduces whole modules and cannot skip a level that is not due)",
         )
@@ -184,11 +185,11 @@ class LevelConfig:
             "max_relative_change",
             "must be > 0, or None for no cap",
         )
-        need(
-            not (self.offload and self.optimizer == "sgd" and self.momentum == 0),
-            "offload",
-            "sgd without momentum keeps no optimizer state: give it momentum, use adamw, or offload=False",
-        )
+
+    @property
+    def mode(self) -> str:
+        """local, sharded or gathered: how gradients are summed over ranks at this ZeRO stage."""
+        return MODES[self.zero_stage]
 
 
 @dataclass(frozen=True)
@@ -202,28 +203,29 @@ class LevelsConfig:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """learning-rate factor over T"""
     dtype: str = "fp32"
-    """fp32 | bf16: what the model computes in; masters, moments and accumulated gradients are fp32 always"""
+    """fp32 | bf16: dtype of the model's weights and activations; masters, moments and gradient sums are always fp32"""
     reduce_dtype: str = "fp32"
-    """fp32 | bf16: what gradients of levels due every quantum are in when they cross the network; bf16 halves those
-    bytes. Slower levels, whose windows sum many quanta, and folds are reduced in fp32 always"""
+    """fp32 | bf16: dtype of gradients on the network for levels that are due every quantum; bf16 halves their bytes.
+    Gradients of slower levels, whose windows sum many quanta, and folds are always reduced in fp32"""
     fold_every_tokens: int | None = None
     """tokens between reductions of local gradient sums into shards: a save there is exact at any world size"""
     lr_period_exponent: float = 0.0
-    """x: a level's lr is multiplied by (period / base period)^x; 1 was clearly too hot, 0 to 0.5 not told apart"""
+    """x: a level's lr is multiplied by (period / base period)^x; in our runs 1 was too high, 0 to 0.5 were alike"""
     max_lr: float | None = None
     """cap on every level's lr after that scaling; None does not cap"""
     beta_period_exponent: float = 0.0
     """y: a level's betas become beta^((period / base period)^y)"""
     spike_sigma: float | None = 6.0
-    """leaves out the ranks that lift a micro-step's mean loss so many deviations above the last 128; None: never"""
+    """a spike is a mean loss this many standard deviations above those of the last 128 micro-steps; the ranks that
+    cause one are left out; None: never"""
     max_consecutive_skips: int = 16
-    """so many micro-steps in a row with a rank left out, or ticks of a level left out in a row, stop the run"""
+    """the run stops after this many micro-steps in a row with a rank left out, or skipped ticks of a level in a row"""
     bucket_elements: int = 2**25
-    """elements per flattened group: one collective each; smaller overlaps more, larger has less latency"""
+    """elements per flattened group, which is one collective; smaller groups overlap more, larger have less latency"""
     prefetch_elements: int = 50_000_000
-    """ZeRO-3: weights gathered ahead of their use, at most so many; what fits stays gathered until backward; 0: none"""
+    """ZeRO-3: largest number of weights gathered ahead of use; as many stay gathered until backward; 0: none"""
     measure_changes: bool = True
-    """logs ||dW||/||W|| and drift ||W - W_0||/||W_0|| per tick; costs 4 bytes per parameter / world size for W_0"""
+    """logs ||dW||/||W|| and drift ||W - W_0||/||W_0|| of every tick; W_0 takes 4 bytes per parameter / world size"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
@@ -268,11 +270,11 @@ class LevelsConfig:
 
     @property
     def base_period_tokens(self) -> int:
-        """The shortest period: what lr, beta and weight-decay scaling are relative to."""
+        """The shortest period; lr, betas and weight decay are scaled relative to it."""
         return min(level.period_tokens for level in self.levels)
 
     def reduce_dtype_of(self, level: LevelConfig) -> str:
-        """What the gradients of `level` are in when they cross the network at a tick or in a micro-step."""
+        """Dtype of the gradients of `level` on the network, at a tick or in a micro-step."""
         return self.reduce_dtype if level.period_tokens == self.quantum else "fp32"
 
     def check_sequences(self, seq_len: int, max_world_size: int) -> int:
@@ -294,7 +296,7 @@ class LevelsConfig:
         return num_sequences
 
     def resolved(self) -> tuple[LevelConfig, ...]:
-        """Levels with lr and betas scaled by their period: the numbers that a run really uses, to be logged."""
+        """Levels with lr and betas scaled by their period: the numbers that a run uses and logs."""
         levels = []
         for level in self.levels:
             ratio = level.period_tokens / self.base_period_tokens

@@ -1,4 +1,4 @@
-"""One number for all weights of a run: two runs that trained alike have the same."""
+"""One hash of all weights: two runs with equal weights have the same hash."""
 
 import hashlib
 

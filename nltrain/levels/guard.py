@@ -1,9 +1,9 @@
 """Guards slow memory from bad data: decides on the device, before backward, which ranks' parts of a micro-step count.
 
-A rank is left out when its loss is not finite; where the global mean loss spikes, the few ranks that make the spike are
-left out, or all of them where a few do not explain it. A rank without targets contributes nothing, whatever its forward
-gave. The one small all-reduce that agrees on it also sums loss and targets, so that the decision costs no collective of
-its own and no host sync. Nothing here is read on the host until `host_state`, once per quantum at most.
+A rank is left out when its loss is not finite. Where the global mean loss spikes, the few ranks that cause the spike
+are left out, or all ranks where a few do not explain it. A rank without targets contributes nothing, whatever its
+forward gave. One small all-reduce carries the decision and the sums of loss and targets, so that the decision costs no
+further collective and no host sync. The host reads nothing before `host_state`, at most once per quantum.
 """
 
 from typing import Any, NamedTuple
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from nltrain.levels.ledger import CONTROL, Ledger
 
-HISTORY = 128  # admitted micro-steps that a spike is measured against; none is called a spike before so many
-MIN_RELATIVE_STD = 0.01  # a history of nearly equal losses would call noise a spike
-FEW = 0.25  # the largest share of the targets that is left out for a spike without leaving out all of them
+HISTORY = 128  # earlier micro-steps that a loss is compared with; before there are so many, nothing is a spike
+MIN_RELATIVE_STD = 0.01  # without it, noise would be a spike after nearly equal losses
+FEW = 0.25  # where a spike needs a larger share of the targets left out, all ranks are left out
 COUNTS, NOT_FINITE, SPIKE = 0, 1, 2  # verdicts on a rank's part
 
 
 class MicroStep(NamedTuple):
-    """What one micro-step came to; tensors on the device, to be read when a log line is due."""
+    """Sums and verdict of one micro-step: tensors on the device, to be read when a log line is due."""
 
     loss_sum: Tensor  # float64, over the ranks that count
     num_targets: Tensor  # float64, over the ranks that count
@@ -90,6 +90,7 @@ class LossGuard:
         return {"history": self._history.tolist(), "counts": self._counts.tolist()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores what `state_dict` returned."""
         self._history.copy_(torch.tensor(state["history"], dtype=torch.float64))
         counts = (*state["counts"], 0)[:4]  # checkpoints of version 0.1.0 did not count targets
         self._counts = torch.tensor(counts, dtype=torch.int64, device=self._counts.device)

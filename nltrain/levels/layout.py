@@ -1,8 +1,8 @@
 """Where the elements of flattened parameters lie in the shards of a group, as ZeRO partitions it.
 
-A group is a list of parameters reduced, stepped and gathered together. Its gradients fill a [world, shard] buffer
-whose row r is what rank r owns after a reduce-scatter. ZeRO 1 and 2 concatenate the parameters and cut the whole into
-equal shards (`FlatLayout`); ZeRO-3 cuts every parameter by itself (`RowLayout`). Both are pure index arithmetic.
+A group is a list of parameters that are reduced, stepped and gathered together. Its gradients fill a [world, shard]
+buffer; rank r owns row r after a reduce-scatter. ZeRO 1 and 2 concatenate the parameters and cut the whole into equal
+shards (`FlatLayout`). ZeRO-3 cuts every parameter by itself (`RowLayout`). Both are pure index arithmetic.
 """
 
 from collections.abc import Container, Sequence
@@ -37,7 +37,7 @@ class Layout(Protocol):
         ...
 
     def pieces(self, rank: int) -> list[Piece]:
-        """What of every parameter lies in rank's shard; padding belongs to no piece."""
+        """The parts of parameters in the shard of `rank`, in order of their offsets; padding belongs to no piece."""
         ...
 
 
@@ -49,12 +49,15 @@ class FlatLayout:
         self.offsets = [sum(self.numels[:i]) for i in range(len(self.numels))]
 
     def slots(self, buffer: Tensor, index: int) -> list[Tensor]:
+        """One view: the parameter is contiguous in `buffer`."""
         return [buffer.narrow(0, self.offsets[index], self.numels[index])]
 
     def parts(self, flat: Tensor, index: int) -> list[Tensor]:
+        """The parameter itself."""
         return [flat]
 
     def pieces(self, rank: int) -> list[Piece]:
+        """The parameters that overlap the shard of `rank`, the first and the last one possibly cut."""
         low, high = rank * self.shard_numel, (rank + 1) * self.shard_numel
         found = []
         for index, (offset, numel) in enumerate(zip(self.offsets, self.numels, strict=True)):
@@ -77,6 +80,7 @@ class RowLayout:
         return self.numels[index] // self.chunks[index] if self.chunks[index] else 0
 
     def slots(self, buffer: Tensor, index: int) -> list[Tensor]:
+        """A table [full rows, chunk], and what the next row holds of the rest."""
         table = buffer.view(self.world_size, self.shard_numel)
         chunk, offset, full = self.chunks[index], self.offsets[index], self._full_rows(index)
         found = [table[:full, offset : offset + chunk]]
@@ -85,6 +89,7 @@ class RowLayout:
         return found
 
     def parts(self, flat: Tensor, index: int) -> list[Tensor]:
+        """The parameter as a table [full rows, chunk], and the rest."""
         chunk, full = self.chunks[index], self._full_rows(index)
         found = [flat[: full * chunk].view(full, chunk)]
         if self.numels[index] - full * chunk:
@@ -92,6 +97,7 @@ class RowLayout:
         return found
 
     def pieces(self, rank: int) -> list[Piece]:
+        """One chunk of every parameter that reaches as far as `rank`."""
         found = []
         for index, (numel, chunk, offset) in enumerate(zip(self.numels, self.chunks, self.offsets, strict=True)):
             start = rank * chunk
@@ -101,7 +107,7 @@ class RowLayout:
 
 
 def joined(pieces: Sequence[Piece], wanted: Container[int]) -> list[tuple[int, int]]:
-    """(offset, length) of the longest slices of a shard that hold nothing but the parameters in `wanted`."""
+    """(offset, length) of the slices of a shard that hold only parameters in `wanted`; adjacent ones are merged."""
     found: list[tuple[int, int]] = []
     for piece in pieces:
         if piece.parameter not in wanted:

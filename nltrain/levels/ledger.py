@@ -1,11 +1,10 @@
-"""The ledger: bytes that really cross the wire, per level and purpose, beside what the formula says.
+"""The ledger: measured bytes on the wire, per level and purpose, and the formula that predicts them.
 
-Counts inside torch.distributed, at the methods of ProcessGroup that every collective of this process ends in, whoever
-calls it and whenever it was imported. A row is charged the bytes that one rank sends on average in the cheapest
-algorithm for the collective (N ranks, M bytes in the full tensor): (N-1)/N M for all-gather, reduce-scatter,
-broadcast and reduce, twice that for all-reduce. What nobody claimed with `Ledger.row` is charged to "other". Limits:
-collectives issued from C++ or by functional collectives (torch.ops._c10d_functional) are not seen; nothing in nltrain
-uses those.
+The ledger counts inside torch.distributed, in the methods of ProcessGroup through which every collective of this
+process goes, DeepSpeed's included. Each collective is charged the bytes that one rank sends on average in the cheapest
+algorithm (N ranks, M bytes in the full tensor): (N-1)/N M for all-gather, reduce-scatter, broadcast and reduce, twice
+that for all-reduce. A collective outside of any `Ledger.row` is charged to "other". Limits: collectives issued from
+C++ or by functional collectives (torch.ops._c10d_functional) are not counted; nothing in nltrain uses those.
 """
 
 import threading
@@ -64,7 +63,7 @@ def _sent(method: str, args: tuple[Any, ...], world: int) -> float:
 
 @dataclass
 class Row:
-    """What one purpose of one level has cost this rank so far."""
+    """Collectives and bytes of one purpose of one level on this rank so far."""
 
     calls: int = 0
     num_bytes: float = 0.0
@@ -84,6 +83,7 @@ class Ledger:
         Ledger._open.append(self)
 
     def close(self) -> None:
+        """Stops the counting; the rows stay."""
         if self in Ledger._open:
             Ledger._open.remove(self)
 

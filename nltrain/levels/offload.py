@@ -1,8 +1,8 @@
-"""Host memory for what a slow level does not need between ticks.
+"""Host memory for the tensors that a slow level does not need between ticks.
 
 `sleep` copies tensors to (pinned) host memory and frees their device storage; `prefetch` starts the copies back on a
-side stream and `wake` waits for them. Values are copied, never recomputed: training is bit for bit the same with and
-without.
+side stream and `wake` waits for them. Values are copied, never recomputed, so that training is bit for bit the same
+with offload and without.
 """
 
 from collections.abc import Callable, Sequence

@@ -28,6 +28,7 @@ class LevelPart:
 
     @property
     def num_parameters(self) -> int:
+        """Elements of all parameters of the level."""
         return sum(parameter.numel() for _, parameter in self.parameters)
 
     @property
@@ -38,7 +39,7 @@ class LevelPart:
         return sum(parameter.numel() for name, parameter in self.parameters if name not in self.spared)
 
     def describe_decay(self) -> str:
-        """How much of the level decays and which pattern spares how much of the rest, for the plan and the log."""
+        """For plan and log: how much of the level decays, and how much each pattern of no_decay leaves alone."""
         if self.config.frozen or not self.config.weight_decay:
             return "no decay"
         spared: dict[str, int] = {}
@@ -113,7 +114,7 @@ def _spared_by(patterns: Sequence[str], aliases: Sequence[str], parameter: nn.Pa
 def _check_no_decay(
     levels: Sequence[LevelConfig], names: Mapping[int, Sequence[str]], parameters: Mapping[int, nn.Parameter]
 ) -> None:
-    """A pattern may find nothing in its own level; one that a user wrote and that finds nothing at all is a slip."""
+    """Refuses a pattern that matches no parameter of the model; it may match none of its own level."""
     for level in levels:
         for pattern in level.no_decay:
             if pattern not in NO_DECAY and not any(

@@ -1,8 +1,8 @@
 """How a quantum of sequences is cut into micro-steps over ranks: a pure function, the same for every rank.
 
-No micro-step crosses the end of a quantum: its last one is short and is spread evenly, so that at most one sequence
-separates the fullest rank from the emptiest. A rank without a sequence gets an empty range and must still run a
-forward/backward (on a batch whose targets are all ignored): ZeRO-3 gathers weights collectively.
+No micro-step crosses the end of a quantum: the last one may be short. Its sequences are spread evenly, so that two
+ranks differ by at most one sequence. A rank without a sequence gets an empty range and must still run a forward and
+backward, on a batch whose targets are all ignored, because ZeRO-3 gathers weights collectively.
 """
 
 from dataclasses import dataclass
@@ -33,18 +33,18 @@ def cut_quantum(num_sequences: int, micro_batch_size: int, world_size: int) -> l
     return steps
 
 
-# What a micro-step costs beside its sequences, in sequences of one rank: launches, which a chunk loop is bound by, and
-# ZeRO-2's reduction. A guess; it scales the predicted speeds and cannot change which size is best.
+# Fixed cost of a micro-step (kernel launches, ZeRO-2's reduction), in sequences of one rank. An estimate: it scales the
+# predicted speeds and cannot change which size is best.
 MICRO_STEP_COST = 1.0
 
 
 @dataclass(frozen=True)
 class GroupSize:
-    """How many of the ranks that are there train, and what that is predicted to bring."""
+    """How many of the available ranks train, and the predicted speed."""
 
     available: int
     ranks: int
-    """the fewest that are as fast as all of them; the others wait as spares"""
+    """the fewest that are predicted to be as fast as any number; the others wait as spares"""
     num_micro_steps: int
     """per quantum"""
     padded: int
@@ -55,7 +55,7 @@ class GroupSize:
     """the same if all available ranks trained"""
 
     def describe(self) -> str:
-        """One line: what is there, what trains, and the predicted speeds of both."""
+        """One line: available and training ranks, and the predicted speeds with both numbers."""
         waiting = self.available - self.ranks
         return (
             f"{self.available} workers fit, {self.ranks} train and {waiting} wait as spares: {self.num_micro_steps} "
@@ -74,8 +74,8 @@ def quantum_cost(num_sequences: int, micro_batch_size: int, world_size: int) -> 
 def best_group_size(num_sequences: int, micro_batch_size: int, available: int, at_least: int = 1) -> GroupSize:
     """The fewest ranks, between `at_least` and `available`, that finish a quantum as soon as any number of them can.
 
-    A rank more often brings nothing: on 128 sequences 63 ranks need as many rounds as 43. The 20 that wait replace what
-    is lost without a slower quantum in between.
+    One more rank often gains nothing: with 128 sequences 63 ranks need as many rounds as 43. The 20 that wait can
+    replace lost ranks, so that no quantum becomes slower.
     """
     most = min(available, num_sequences)
     if not 1 <= at_least <= most:
@@ -91,7 +91,7 @@ def best_group_size(num_sequences: int, micro_batch_size: int, available: int, a
 
 
 def size_table(num_sequences: int, micro_batch_size: int, num_ranks: int, at_least: int = 1) -> str:
-    """What 1 to `num_ranks` ranks would do, a line each; those above one per sequence would all wait."""
+    """A table with one line for each number of available ranks; ranks beyond one per sequence always wait."""
     lines = [
         f"{num_sequences} sequences per quantum, {micro_batch_size} per rank and micro-step; speed 1 is one rank per "
         "sequence",

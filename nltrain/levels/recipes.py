@@ -1,4 +1,4 @@
-"""What else must change with the quantum, so that a run on more GPUs trains as the smaller one did."""
+"""Changes to make together with the quantum, so that a run on more GPUs trains as the smaller one did."""
 
 from dataclasses import replace
 
@@ -8,10 +8,10 @@ from nltrain.levels.config import LevelConfig, LevelsConfig, LevelsError
 def larger_quantum(levels: LevelsConfig, factor: int) -> LevelsConfig:
     """`levels` with `factor` times the quantum, for `factor` times the ranks.
 
-    Periods in tokens are kept, but for those below the new quantum, which become it. A level whose period grows r-fold
-    sees r times the tokens per update: its lr grows by sqrt(r), the rule for AdamW, whose noise shrinks by that.
-    Decay per token, lr x weight_decay / base period, is kept. Warm-up and schedule are in tokens and stay; betas stay.
-    Up to which batch sqrt holds is known for each model by trial only; it is the published practice to about 4x.
+    Periods below the new quantum become the new quantum; the others are kept. A level whose period grows r-fold sees r
+    times the tokens per update, so its lr grows by sqrt(r), the rule for AdamW. Decay per token, lr x weight_decay /
+    base period, is kept. Warm-up and schedule are in tokens and stay; betas stay. The batch up to which the sqrt rule
+    holds must be found by trial for each model; published practice uses it up to about 4x.
     """
     if factor < 1:
         raise LevelsError(f"larger_quantum: factor = {factor}, must be >= 1")

@@ -6,10 +6,10 @@
     ...                                              # the other micro-steps of the quantum
     ticks = scheduler.finish_quantum()               # T += quantum
 
-Guarantees: equal to dense training with one plain optimizer per level fed with the mean gradient per target of its
-window, for every world size, cut into micro-steps and mix of ZeRO stages, up to the order of summation. Every level
-ticks exactly floor((T + phase) / period) times by T; `done + skipped == due` always. Limits: fp32 and bf16; AdamW
-and SGD.
+Guarantees: training equals dense training with one plain optimizer per level that is given the mean gradient per target
+of the level's window. This holds for every world size, every cut into micro-steps and every mix of ZeRO stages, up to
+the order of summation. By T every level has ticked exactly floor((T + phase) / period) times, and
+`done + skipped == due` always. Limits: fp32 and bf16; the optimizers of optimizers.py.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,15 +24,16 @@ from nltrain.errors import UserError
 from nltrain.fragment import Fragment
 from nltrain.levels.clock import TokenClock, staggered_phases
 from nltrain.levels.config import LevelsConfig, LevelsError
-from nltrain.levels.engine import LevelEngine, init_deepspeed
+from nltrain.levels.engine import LevelEngine
 from nltrain.levels.guard import LossGuard, MicroStep
 from nltrain.levels.ledger import STATE, Ledger
 from nltrain.levels.plan import plan_levels
-from nltrain.levels.window import LocalWindow, ReductionOrder
+from nltrain.levels.window import ReductionOrder
+from nltrain.levels.zero import init_deepspeed
 
 
 class TrainingStopped(UserError, RuntimeError):
-    """Too many micro-steps or ticks in a row were left out. The message says what to look at."""
+    """Too many micro-steps or ticks in a row were left out. The message names where to look."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _LevelState:
     done: int = 0
     skipped: int = 0
     skipped_in_a_row: int = 0
-    # Ticks that the clocks in force called for by T = due_since: a resumed run may have another period.
+    # Ticks that were due by T = due_since under earlier clocks: a resumed run may have another period.
     due_before: int = 0
     due_since: int = 0
     bytes_at_tick: float = 0.0
@@ -92,7 +93,7 @@ class LevelScheduler:
         self.clocks = {
             level.name: TokenClock(level.period_tokens, phase) for level, phase in zip(levels, phases, strict=True)
         }
-        # ZeRO-3 gathers weights in between, when the graph comes to a module: those must not meet a reduction instead.
+        # ZeRO-3 gathers weights during backward. In one process group a gather could be matched with a reduction.
         gathers = any(level.zero_stage == 3 for level in levels)
         self._reductions = ReductionOrder(dist.new_group() if gathers else None)
         self.engines = {
@@ -105,7 +106,7 @@ class LevelScheduler:
         self.micro_steps = 0
 
     def _broadcast(self, parts: Sequence[Any]) -> None:
-        """Every rank starts from rank 0's weights, whatever seed it built the model with."""
+        """Gives every rank the weights of rank 0, because ranks may have built the model with different seeds."""
         with self.ledger.row("-", STATE):
             for part in parts:
                 for _, parameter in part.parameters:
@@ -117,10 +118,10 @@ class LevelScheduler:
             engine.before_forward()
 
     def backward(self, loss_sum: Tensor, num_targets: int | Tensor) -> MicroStep:
-        """One backward into all windows. `loss_sum`: sum over this rank's real targets, `num_targets` their count.
+        """One backward into all windows. `loss_sum`: sum over this rank's real targets, `num_targets`: their count.
 
-        Every rank calls it once per micro-step, with num_targets 0 where it had no sequence: such a rank contributes
-        exact zeros, whatever its loss. No host sync: the returned sums and verdict are tensors on the device.
+        Every rank calls it once per micro-step. A rank without a sequence passes num_targets = 0 and contributes exact
+        zeros, whatever its loss. No host sync: the returned sums and verdict are tensors on the device.
         """
         micro_step = self.guard.judge(loss_sum, num_targets)
         for engine in self.engines.values():
@@ -199,27 +200,18 @@ class LevelScheduler:
 
     def discard_window(self, name: str) -> None:
         """Forgets what level `name` has accumulated since its last tick; its clock goes on. For ablations."""
-        window = self.engines[name].window
-        if window is not None:
-            window.clear()
+        self.engines[name].discard_window()
         self._levels[name].targets.zero_()
 
     def fold(self) -> None:
         """Reduces local sums into shards now. Changes the order of summation: only on the fold clock."""
         for engine in self.engines.values():
-            if engine.window is not None:
-                engine.window.fold()
+            engine.fold()
 
     @property
     def unreduced_bytes(self) -> int:
-        """Of this rank's sums that a fold would move into shards; equal on all ranks."""
-        windows = [engine.window for engine in self.engines.values()]
-        return sum(
-            sums.numel() * sums.element_size()
-            for window in windows
-            if isinstance(window, LocalWindow) and window.has_local
-            for sums in window.sums
-        )
+        """Bytes of this rank's sums that a fold would move into shards; equal on all ranks."""
+        return sum(engine.unreduced_bytes for engine in self.engines.values())
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -230,7 +222,7 @@ class LevelScheduler:
         }
 
     def _ticks_due(self, name: str) -> int:
-        """What the clocks that were in force say was due by T; independent of what was counted."""
+        """Ticks that were due by T under the clocks in force at the time; computed, not counted."""
         state, clock = self._levels[name], self.clocks[name]
         frozen = self.engines[name].config.frozen
         return state.due_before + (0 if frozen else clock.ticks(self.tokens) - clock.ticks(state.due_since))
@@ -248,7 +240,7 @@ class LevelScheduler:
 
     @property
     def left_out_tokens(self) -> int:
-        """Real targets left out so far: they were consumed, and trained nothing. A host sync."""
+        """Real targets left out so far: they count in T, but no level has learned from them. A host sync."""
         return self.guard.host_state()[2]
 
     def fragments(self) -> dict[str, Fragment]:
@@ -258,18 +250,9 @@ class LevelScheduler:
         place, then `load`. Names do not depend on levels, ZeRO stages or the world size.
         """
         found: dict[str, Fragment] = {}
-        for name, engine in self.engines.items():
-            found.update(engine.fragments(with_window=self._has_window(name)))
+        for engine in self.engines.values():
+            found.update(engine.fragments())
         return found
-
-    def _has_window(self, name: str) -> bool:
-        """Whether reduced sums of an unfinished window exist; equal on all ranks."""
-        window = self.engines[name].window
-        return window is not None and window.has_reduced
-
-    def _has_local(self, name: str) -> bool:
-        window = self.engines[name].window
-        return isinstance(window, LocalWindow) and window.has_local
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able and equal on all ranks: T, clocks, counters, optimizer step counts. A host sync."""
@@ -281,13 +264,11 @@ class LevelScheduler:
                 "phase_tokens": clock.phase,
                 "last_tick_tokens": state.last_tick_tokens,
                 "window_targets": int(state.targets.item()),
-                "optimizer_steps": engine.optimizer_steps,
                 "done": state.done,
                 "skipped": state.skipped,
                 "due": self._ticks_due(name),
                 "skipped_in_a_row": state.skipped_in_a_row,
-                "reduced_window": self._has_window(name),
-                "local_window": self._has_local(name),
+                **engine.state_dict(),
             }
         return {
             "tokens": self.tokens,
@@ -299,13 +280,9 @@ class LevelScheduler:
 
     def rank_state(self) -> dict[str, Tensor]:
         """This rank's unreduced sums {parameter: flat fp32}; empty right after a fold and where no level is local."""
-        found = {}
+        found: dict[str, Tensor] = {}
         for engine in self.engines.values():
-            window = engine.window
-            if isinstance(window, LocalWindow) and window.has_local:
-                for group, names in enumerate(engine.group_names):
-                    for index, parameter in enumerate(names):
-                        found[parameter] = window.local_sum(group, index)
+            found.update(engine.rank_state())
         return found
 
     def prepare_to_load(self, state: dict[str, Any]) -> None:
@@ -322,34 +299,23 @@ class LevelScheduler:
             )
         self.tokens, self.micro_steps = state["tokens"], state["micro_steps"]
         for name, engine in self.engines.items():
-            level = saved[name]
-            self._levels[name].last_tick_tokens = level["last_tick_tokens"]
-            if engine.window is not None:
-                engine.window.clear()
-                engine.window.has_reduced = level["reduced_window"]
+            self._levels[name].last_tick_tokens = saved[name]["last_tick_tokens"]
+            engine.prepare_to_load(saved[name])
 
     def load(self, state: dict[str, Any], rank_states: Sequence[dict[str, Tensor]] = ()) -> None:
         """After the fragments were filled: restores counters and refreshes the forward weights. A collective.
 
-        `rank_states`: what `rank_state()` gave on the saved ranks that this rank takes over; at the same world size
-        its own one, otherwise any split of all of them over the ranks. Sums are added up, so the split does not matter.
+        `rank_states`: the `rank_state()` of the saved ranks that this rank takes over: at the same world size its own
+        one, otherwise any split of all of them over the ranks. They are summed, so that the split does not matter.
         """
         for name, engine in self.engines.items():
             level, own = state["levels"][name], self._levels[name]
             own.targets.fill_(level["window_targets"])
             own.done, own.skipped = level["done"], level["skipped"]
             own.skipped_in_a_row = level["skipped_in_a_row"]
-            # Checkpoints of before this was kept were made under one clock.
+            # Older checkpoints have no "due"; their run had one clock from the start.
             own.due_before, own.due_since = level.get("due", own.done + own.skipped), state["tokens"]
-            engine.optimizer_steps = level["optimizer_steps"]
-            engine.refresh_forward_weights()
-            if level["local_window"] and engine.window is not None:
-                for group, names in enumerate(engine.group_names):
-                    for index, parameter in enumerate(names):
-                        for saved in rank_states:
-                            if parameter in saved:
-                                engine.window.add_local(group, index, saved[parameter].to(self.device))
-                engine.window.finish_local()
+            engine.load(level, rank_states)
         self.guard.load_state_dict(state["guard"])
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

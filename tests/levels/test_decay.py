@@ -120,7 +120,7 @@ class _TwoGroups:
 
 
 def one_tick(stage: int, ranks: Ranks) -> dict[str, dict[str, Tensor]]:
-    """Weights after one tick with decay and without: the gradients are the same, so only decay tells them apart."""
+    """Weights after one tick with decay and without: the gradients are the same, so that only decay differs."""
     found = {}
     for name, decay in (("with", DECAY), ("without", 0.0)):
         model = Model()

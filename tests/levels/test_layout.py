@@ -1,4 +1,4 @@
-"""Layouts: every element lies in exactly one place, pieces tell the truth about shards."""
+"""Every element lies in exactly one place of the buffer, and pieces describe the shards correctly."""
 
 import pytest
 import torch

@@ -1,7 +1,7 @@
-"""128 sequences of 4,096 tokens on a number of ranks that does not divide them: a rank that is left without one pads.
+"""128 sequences of 4,096 tokens on a number of ranks that does not divide them: a rank without a sequence pads.
 
-63 ranks do not fit a test machine, so they take their turns in one process, through the parts that a run uses: the cut
-of the quantum, the batch of padding, the guard's verdict on all ranks and the window. Three of them are real.
+63 ranks do not fit a test machine. One process plays them one after another with the parts that a run uses: the cut of
+the quantum, the batch of padding, the guard's verdict on all ranks and the window. Another test runs three real ranks.
 """
 
 from dataclasses import replace
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nltrain.data import Batch
+from nltrain.levels.groups import Group
 from nltrain.levels.guard import COUNTS, judge_ranks
 from nltrain.levels.layout import FlatLayout
 from nltrain.levels.ledger import Ledger
@@ -33,7 +34,7 @@ def text(indices: range) -> tuple[Tensor, Tensor]:
 
 
 class Overflow(torch.autograd.Function):
-    """What a memory makes of a text that breaks it: the loss of ignored targets is still 0, every gradient is NaN."""
+    """As where a text overflows a memory: the loss of ignored targets is still 0, every gradient is NaN."""
 
     @staticmethod
     def forward(ctx, x):
@@ -60,7 +61,9 @@ def one_after_another(num_ranks: int) -> tuple[Tensor, int, int]:
     numel = sum(p.numel() for p in parameters)
     layout = FlatLayout([p.numel() for p in parameters], 1, numel)
     ledger = Ledger()
-    window = LocalWindow("all", [parameters], [layout], torch.float32, torch.device("cpu"), ledger)
+    window = LocalWindow(
+        "all", [Group.of(list(model.named_parameters()))], [layout], torch.float32, torch.device("cpu"), ledger
+    )
     num_targets = padded = 0
     for step in cut_quantum(SEQUENCES, MICRO_BATCH, num_ranks):
         batches = [batch_of(indices) for indices in step]
@@ -93,7 +96,7 @@ def test_every_number_of_ranks_sums_the_same_gradients_though_the_padding_of_som
 
 
 class Broken(nn.Module):
-    """A one-layer Hope for which padding is the text that it cannot bear."""
+    """A one-layer Hope whose loss and gradients on padding are NaN."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -140,7 +143,7 @@ def test_hope_on_three_ranks_at_4096_tokens_equals_one_rank_though_the_third_has
     assert max(relative_error(three["weights"][name], value) for name, value in one["weights"].items()) <= 1e-5
 
 
-def test_padding_is_a_text_that_hope_bears():
+def test_hope_stays_finite_on_padding():
     model, padding = Broken().hope, Batch.padding(SEQ_LEN, VOCAB)
     for name, parameter in model.named_parameters():
         if name.endswith("gate_bias"):

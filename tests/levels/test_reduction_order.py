@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nltrain.levels.config import LevelConfig, LevelsConfig
+from nltrain.levels.groups import Group
 from nltrain.levels.layout import FlatLayout, RowLayout
 from nltrain.levels.ledger import Ledger
 from nltrain.levels.scheduler import LevelScheduler
@@ -27,14 +28,17 @@ def permuted(layout: type, ranks: Ranks) -> float:
     order = ReductionOrder()
     windows, everything = {}, []
     for place, (name, groups) in enumerate(LEVELS.items()):
-        parameters = [[nn.Parameter(torch.zeros(n)) for n in numels] for numels in groups]
+        members = [
+            Group.of([(f"{name}.{group}.{i}", nn.Parameter(torch.zeros(n))) for i, n in enumerate(numels)])
+            for group, numels in enumerate(groups)
+        ]
         if layout is FlatLayout:
             layouts = [FlatLayout(n, ranks.world_size, -(-sum(n) // ranks.world_size)) for n in groups]
         else:
             layouts = [RowLayout(n, ranks.world_size) for n in groups]
         # Interleaved as blocks are: a group of one level, then one of another.
         places = [3 * group + place for group in range(len(groups))]
-        what = (name, parameters, layouts, torch.float32, device, ledger)
+        what = (name, members, layouts, torch.float32, device, ledger)
         windows[name] = ShardedWindow(*what, order=order, places=places)
         everything += [(name, g, i, n) for g, numels in enumerate(groups) for i, n in enumerate(numels)]
     own, shared, worst = random.Random(ranks.rank), random.Random(17), 0.0

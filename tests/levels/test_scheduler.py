@@ -1,4 +1,4 @@
-"""What else a level can be told: schedule, freeze, cap, evaluation in between, and the numbers it reports."""
+"""Schedules, frozen levels, caps, evaluation between quanta, activation checkpointing, and the numbers of a tick."""
 
 import json
 import math
