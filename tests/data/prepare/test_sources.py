@@ -105,39 +105,49 @@ import resource, sys
 from nltrain.data.prepare import PrepareConfig, prepare_files
 from nltrain.data.prepare.inputs import list_inputs
 from nltrain.data.prepare.sources import Dropped, read_documents
-folder, encode = sys.argv[1:]
-if encode == "encode":
-    config = PrepareConfig(seq_len=32, validation_fraction=0, max_bad_fraction=0.9)
-    prepare_files([folder], folder + "-out", config, tokenizer=folder + "/../tokenizer.json", progress=lambda _: None)
-else:
-    dropped = Dropped()
-    n = sum(len(p.text) for p in read_documents(list_inputs([folder], lambda _: None), "text", dropped, 4 << 20))
-    print(n, dict(dropped.by_reason))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
+for folder in sys.argv[2:]:
+    if sys.argv[1] == "encode":
+        config = PrepareConfig(seq_len=32, validation_fraction=0, max_bad_fraction=0.9)
+        tokenizer = folder + "/../tokenizer.json"
+        prepare_files([folder], folder + "-out", config, tokenizer=tokenizer, progress=lambda _: None)
+    else:
+        for piece in read_documents(list_inputs([folder], lambda _: None), "text", Dropped(), 4 << 20):
+            pass
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
 """
 
 
-def peak_bytes(folder: Path, mode: str) -> int:
-    done = subprocess.run([sys.executable, "-c", PEAK, str(folder), mode], cwd=ROOT, capture_output=True, text=True)
+def growth_bytes(mode: str, small: Path, large: Path) -> int:
+    """How much the peak memory of a process grows when it reads the large folder after the small one."""
+    command = [sys.executable, "-c", PEAK, mode, str(small), str(large)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1])
+    before, after = map(int, done.stdout.split())
+    return after - before
 
 
-def test_memory_does_not_grow_with_the_longest_document(tmp_path: Path) -> None:
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """A small and a large folder, and a tokenizer beside them."""
     (tmp_path / "tokenizer.json").write_bytes(tokenizer_to_bytes(TOKENIZER))
-    small, large = tmp_path / "small", tmp_path / "large"
-    for place, megabytes in ((small, 4), (large, 60)):
-        place.mkdir()
+    (tmp_path / "small").mkdir()
+    (tmp_path / "large").mkdir()
+    return tmp_path / "small", tmp_path / "large"
+
+
+def test_memory_of_reading_does_not_grow_with_the_longest_document(folders: tuple[Path, Path]) -> None:
+    for folder, megabytes in zip(folders, (4, 60), strict=True):
         part = b"some words, " * (1 << 16)
         count = (megabytes << 20) // len(part)
-        (place / "a.txt.zst").write_bytes(zstandard.compress(part * count))
+        (folder / "a.txt.zst").write_bytes(zstandard.compress(part * count))
         record = b'{"text": "' + part * count + b'"}\n'
-        (place / "b.jsonl.gz").write_bytes(gzip.compress(record, 1))
-        (place / "c.txt").write_bytes(part * count)
-        (place / "d.jsonl").write_bytes(b"\xff" * (megabytes << 20))
-    assert peak_bytes(large, "read") - peak_bytes(small, "read") < 30 << 20
-    for place, megabytes in ((small, 2), (large, 6)):
-        for path in place.iterdir():
-            path.unlink()
-        (place / "a.txt").write_bytes(b"word" * (megabytes << 18))
-    assert peak_bytes(large, "encode") - peak_bytes(small, "encode") < 30 << 20
+        (folder / "b.jsonl.gz").write_bytes(gzip.compress(record, 1))
+        (folder / "c.txt").write_bytes(part * count)
+        (folder / "d.jsonl").write_bytes(b"\xff" * (megabytes << 20))
+    assert growth_bytes("read", *folders) < 30 << 20
+
+
+def test_memory_of_encoding_does_not_grow_with_the_longest_document(folders: tuple[Path, Path]) -> None:
+    for folder, megabytes in zip(folders, (2, 6), strict=True):
+        (folder / "a.txt").write_bytes(b"word" * (megabytes << 18))
+    assert growth_bytes("encode", *folders) < 30 << 20
