@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from nltrain.data import DataConfig, SamplePlan, TokenDataset, TokenStream, open_plan, train_tokenizer
+from nltrain.data import DataConfig, SampleOrder, TokenDataset, TokenStream, open_order, train_tokenizer
 from nltrain.data.prepare import PrepareConfig, prepare_tokens
 from nltrain.data.stream import sequential_ranges
 from nltrain.local.embedded_s3 import EmbeddedS3
@@ -80,11 +80,11 @@ def measure_throughput(config: DataConfig, num_samples: int) -> dict[str, Any]:
     """Samples through the stream, in this process, from opening the dataset on."""
     anonymous_bytes = _anonymous_bytes()
     started_s = time.perf_counter()
-    plan = open_plan(config)
+    order = open_order(config)
     num_tokens = 0
     peak_anonymous_bytes = 0
     first_batch_s = 0.0
-    with TokenStream(config, plan, sequential_ranges(num_samples, BATCH_SIZE)) as stream:
+    with TokenStream(config, order, sequential_ranges(num_samples, BATCH_SIZE)) as stream:
         for number, batch in enumerate(stream):
             num_tokens += batch.tokens.numel()
             if number == 0:
@@ -106,13 +106,13 @@ def measure_first_batch(config: DataConfig, share: float) -> dict[str, Any]:
     import boto3  # noqa: F401 (imports are not part of the figure)
 
     started_s = time.perf_counter()
-    plan = open_plan(config)
+    order = open_order(config)
     open_s = time.perf_counter() - started_s
-    num_sequences = plan.datasets[0].num_sequences
-    state = json.loads(json.dumps(plan.state(int(share * num_sequences))))
+    num_sequences = order.datasets[0].num_sequences
+    state = json.loads(json.dumps(order.state(int(share * num_sequences))))
     started_s = time.perf_counter()
-    first = plan.restore(state)
-    with TokenStream(config, plan, sequential_ranges(num_sequences, BATCH_SIZE, first)) as stream:
+    first = order.restore(state)
+    with TokenStream(config, order, sequential_ranges(num_sequences, BATCH_SIZE, first)) as stream:
         next(stream)
         return {"open_s": open_s, "first_batch_s": time.perf_counter() - started_s}
 
@@ -164,13 +164,13 @@ def sample_checksums(dataset: TokenDataset) -> dict[tuple[int, int], int]:
 
 def read_epoch(config: DataConfig, truth: dict[tuple[int, int], int]) -> dict[str, int]:
     """Reads one epoch; counts samples lost, repeated and altered."""
-    plan: SamplePlan = open_plan(config)
+    order: SampleOrder = open_order(config)
     seen: Counter[tuple[int, int]] = Counter()
     altered = 0
-    with TokenStream(config, plan, sequential_ranges(len(truth), BATCH_SIZE)) as stream:
+    with TokenStream(config, order, sequential_ranges(len(truth), BATCH_SIZE)) as stream:
         for batch in stream:
             for row, index in enumerate(batch.sample_indices):
-                address = plan(index)
+                address = order(index)
                 place = (address.shard, address.offset)
                 seen[place] += 1
                 last = batch.targets[row, -1:] if batch.targets[row, -1] >= 0 else batch.tokens[row, -1:] * 0

@@ -4,9 +4,9 @@
 ray job submit --working-dir . -- python jobs/prepare_shards.py input=s3://b/text output=s3://b/tokens
 python jobs/prepare_shards.py input=/data/a.jsonl.gz,/data/b output=/data/tokens prepare.seq_len=2048 workers=4
 
-Killed and started again, it does the rest; the bytes written do not depend on the number of workers. A relative path is
-meant from where the command runs; a submitted job runs in a folder of Ray's and refuses one. A path with a comma is
-written as JSON: input='["/data/a,b"]'.
+After a kill the same command does only the rest; the bytes written do not depend on the number of workers. A relative
+path starts at the folder where the command runs; a submitted job, which runs in a folder of Ray's, refuses it. A path
+with a comma is written as JSON: input='["/data/a,b"]'.
 """
 
 import sys
@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from nltrain.config import describe, override  # noqa: E402
 from nltrain.data import DataError  # noqa: E402
 from nltrain.data.prepare import PrepareConfig, prepare_files  # noqa: E402
-from nltrain.errors import ConfigError, UserError  # noqa: E402
+from nltrain.errors import ConfigError, UserError, require  # noqa: E402
 from nltrain.local.own_ray import own_ray  # noqa: E402
 from nltrain.places import absolute_place, shown  # noqa: E402
 from nltrain.store import StoreError  # noqa: E402
@@ -35,28 +35,30 @@ class PrepareJob:
     input: tuple[str, ...] = ()
     """Files, folders or s3:// prefixes of .txt, .md, .json, .jsonl, .ndjson (each also .gz .zst .bz2 .xz), .parquet."""
     output: str = ""
-    """URL of the dataset: an empty s3:// prefix or folder, or that of an unfinished run to go on with."""
+    """URL of the dataset: an empty s3:// prefix or folder, or the output of an unfinished run to continue."""
     tokenizer: str = ""
     """URL of a Hugging Face tokenizer.json; empty: one is trained on a sample of the input."""
     vocab_size: int = 32768
     """Tokens of a tokenizer trained here."""
     tokenizer_training_bytes: int = 64 << 20
-    """Text that a tokenizer is trained on, in bytes."""
+    """Bytes of text that a tokenizer is trained on."""
     workers: int = 2
-    """Tasks at once when no cluster is named (RAY_ADDRESS); a cluster runs as many as it has CPUs."""
+    """Tasks at once on this machine; a cluster (RAY_ADDRESS) runs as many as it has CPUs."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
 
     def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ConfigError(f"workers={self.workers}: must be at least 1")
-        if self.tokenizer_training_bytes < 1:
-            raise ConfigError(f"tokenizer_training_bytes={self.tokenizer_training_bytes}: must be at least 1")
+        for name in ("workers", "tokenizer_training_bytes"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "must be at least 1")
 
 
 def on_ray(workers: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[tuple[int, Any]]]:
-    """Runs tasks on Ray; yields (position, result) as they finish."""
+    """A function that runs tasks on Ray and yields (position, result) as they finish.
+
+    It raises DataError or StoreError, in one line, for a task that failed.
+    """
 
     def execute(run: Callable[[Any], Any], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """Runs all tasks; ends its own Ray afterwards."""
         environment = {"PYTHONPATH": str(ROOT), "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
         with own_ray(workers, environment) as ray:
             from ray.exceptions import RayError, RayTaskError
@@ -83,7 +85,7 @@ def on_ray(workers: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iter
 
 
 def placed(job: PrepareJob) -> PrepareJob:
-    """The job with each place made absolute. Raises PlaceError for what a submitted job cannot know."""
+    """The job with each place made absolute. Raises PlaceError for a relative path of a submitted job."""
     return replace(
         job,
         input=tuple(absolute_place("input", url) for url in job.input),
@@ -93,6 +95,7 @@ def placed(job: PrepareJob) -> PrepareJob:
 
 
 def main() -> int:
+    """Runs the command; returns its exit status."""
     print_anything()
     try:
         if len([argument for argument in sys.argv[1:] if argument.startswith("input=")]) > 1:
@@ -100,7 +103,7 @@ def main() -> int:
         job = placed(override(PrepareJob(), sys.argv[1:]))
         if not job.input or not job.output:
             raise ConfigError("input=... and output=... are needed:\n" + describe(job))
-        report = lambda line: print(line, flush=True)  # noqa: E731
+        progress = lambda line: print(line, flush=True)  # noqa: E731
         manifest = prepare_files(
             job.input,
             job.output,
@@ -109,7 +112,7 @@ def main() -> int:
             vocab_size=job.vocab_size,
             tokenizer_training_bytes=job.tokenizer_training_bytes,
             execute=on_ray(job.workers),
-            progress=report,
+            progress=progress,
         )
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -118,9 +121,9 @@ def main() -> int:
         print("interrupted: the same command does the rest", file=sys.stderr)
         return 130
     for name, split in manifest.splits.items():
-        report(f"{name}: {split.num_tokens} tokens, {split.num_documents} documents, {split.num_sequences} sequences")
+        progress(f"{name}: {split.num_tokens} tokens, {split.num_documents} documents, {split.num_sequences} sequences")
     counts = {name: manifest.report[name] for name in ("tokens_in", "tokens_out", "records_in", "dropped_records")}
-    report(f"{shown(job.output)}: {counts}")
+    progress(f"{shown(job.output)}: {counts}")
     return 0
 
 

@@ -26,7 +26,7 @@ from nltrain.checkpoint.manifest import checkpoint_name
 from nltrain.checkpoint.rng import capture_rng, restore_rng
 from nltrain.collectives import Ranks
 from nltrain.config import RunConfig, check_vocabulary, to_dict
-from nltrain.data import Batch, TokenStream, open_plan
+from nltrain.data import Batch, TokenStream, open_order
 from nltrain.errors import ConfigError
 from nltrain.evaluate.sample import sample_text
 from nltrain.evaluate.validation import Validation
@@ -106,7 +106,7 @@ class Run:
         self.device = torch.device(config.cluster.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.plan = open_plan(config.data)
+        self.plan = open_order(config.data)
         check_vocabulary(config, self.plan.vocab_size)
         self._store = open_store(config.checkpoint.url)
         self.checkpoints = Checkpointer(self._store, config.name, attempt=None, config=config.checkpoint)

@@ -1,11 +1,11 @@
-"""From shards to exactly-once token streams: format, plan, stream. Knows no model. `data.prepare` makes the shards."""
+"""From shards to exactly-once token streams: format, order, stream. Knows no model. `data.prepare` makes the shards."""
 
 from nltrain.data.batch import IGNORED_TARGET, Batch
 from nltrain.data.config import DataConfig
 from nltrain.data.dataset import TokenDataset
 from nltrain.data.errors import DataError
 from nltrain.data.manifest import Manifest
-from nltrain.data.plan import SampleAddress, SamplePlan, open_plan
+from nltrain.data.order import SampleAddress, SampleOrder, open_order
 from nltrain.data.stream import TokenStream
 from nltrain.data.tokenizer import train_tokenizer
 
@@ -16,9 +16,9 @@ __all__ = [
     "DataError",
     "Manifest",
     "SampleAddress",
-    "SamplePlan",
+    "SampleOrder",
     "TokenDataset",
     "TokenStream",
-    "open_plan",
+    "open_order",
     "train_tokenizer",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor
 from nltrain.data import shards
 
 IGNORED_TARGET = -100
-PADDING_DOCUMENT = 512  # tokens of a document of padding
+TOKENS_PER_PADDING_DOCUMENT = 512
 BYTES_PER_TOKEN = 8 + 8 + 1  # tokens, targets, document_starts
 
 
@@ -24,28 +24,29 @@ class Batch:
     targets: Tensor
     """[B, T] int64: the next token of each position, -100 where it is padding."""
     document_starts: Tensor
-    """[B, T] bool: True at the first token of a document, where a model's memory begins anew."""
+    """[B, T] bool: True at the first token of a document, where a model resets its memory."""
     sample_indices: tuple[int, ...]
     """Global index of each sequence; empty for padding."""
     num_targets: int
-    """Targets that count, in this batch."""
+    """Targets of this batch that are not ignored."""
 
     @classmethod
     def padding(cls, seq_len: int, vocab_size: int) -> Self:
         """One sequence whose targets are all ignored, for a rank without a sequence.
 
-        Random tokens, the same always, in short documents: thousands of equal tokens are the hardest text for a memory.
+        The tokens are random but always the same, in short documents: a memory is least stable on thousands of equal
+        tokens.
         """
         tokens = torch.randint(vocab_size, (1, seq_len), generator=torch.Generator().manual_seed(0))
         starts = torch.zeros(1, seq_len, dtype=torch.bool)
-        starts[:, ::PADDING_DOCUMENT] = True
+        starts[:, ::TOKENS_PER_PADDING_DOCUMENT] = True
         return cls(tokens, torch.full((1, seq_len), IGNORED_TARGET, dtype=torch.int64), starts, (), 0)
 
     @classmethod
     def pack(
         cls, sequences: Sequence[shards.Sequence], sample_indices: Sequence[int] | np.ndarray, seq_len: int
     ) -> Self:
-        """The batch of these sequences."""
+        """The batch of these sequences; sample_indices are their global indices."""
         num = len(sequences)
         tokens, targets = np.empty((num, seq_len), np.int64), np.empty((num, seq_len), np.int64)
         starts = np.zeros((num, seq_len), np.bool_)
@@ -64,7 +65,7 @@ class Batch:
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pinned(self) -> "Batch":
-        """The batch in page-locked memory, from which copies to a GPU run beside its work."""
+        """The batch in page-locked memory, so that copies to a GPU overlap with its work."""
         return self._mapped(Tensor.pin_memory)
 
     def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -73,5 +74,5 @@ class Batch:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of its tensors."""
+        """Bytes of its tensors."""
         return self.tokens.numel() * BYTES_PER_TOKEN

@@ -1,9 +1,9 @@
 """A bounded local folder of shards, shared by the processes of a node.
 
-Files are named by their SHA-256, appear by rename when complete and verified, and are dropped least recently used
-first. Each shard is fetched by one process at a time, under a lock that the kernel frees when its holder dies. A file
-dropped while another process still maps it stays readable there. Limits: the folder must be on a local file system
-(flock, rename, mmap); disk space of dropped files returns when the last map is closed.
+A file is named by its SHA-256 and renamed into place when it is complete and verified. The least recently used file is
+evicted first. One process at a time fetches a shard, under a lock that the kernel frees when the process dies. A file
+that is evicted while another process maps it stays readable there. Limits: the folder must be on a local file system
+(flock, rename, mmap); the disk space of an evicted file is free when its last map is closed.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ class ShardCache:
             raise DataError(f"data.cache_dir: {self.folder}: {error.strerror}: name a writable folder") from error
 
     def map(self, sha256: str) -> mmap.mmap | None:
-        """A read-only map of a cached shard, marked as just used; None when it is not there."""
+        """A read-only map of a cached shard, which is marked as just used; None when the cache lacks it."""
         path = self._path(sha256)
         try:
             with open(path, "rb") as file:
@@ -43,22 +43,22 @@ class ShardCache:
         except FileNotFoundError:
             return None
 
-    def drop(self, sha256: str) -> None:
-        """Forgets a shard, for instance a damaged one."""
+    def remove(self, sha256: str) -> None:
+        """Removes a shard, for instance a damaged one."""
         self._path(sha256).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def locked(self, sha256: str) -> Iterator[bool]:
-        """Whether this thread got the right to fetch the shard; does not wait."""
+        """Tries to lock the shard for fetching; yields at once whether this thread holds the lock."""
         with self._flock(f"{sha256[:2]}.lock", wait=False) as held:
             yield held
 
     def add(self, sha256: str, num_bytes: int, parts: Callable[[], Iterable[bytes]], keep: Iterable[str] = ()) -> bool:
-        """Stores a shard from its parts; the caller holds its lock. False when the parts do not have this SHA-256.
+        """Stores a shard from its parts; False when they do not have this SHA-256. The caller must hold its lock.
 
-        Shards in `keep` are dropped last.
+        Shards in `keep` are evicted last. Raises DataError when the disk is full.
         """
-        # One name per shard: what a killed process left is overwritten by the next that holds the lock.
+        # One name per shard: the next holder of the lock overwrites what a killed process left.
         partial = self._path(sha256).with_suffix(PARTIAL_SUFFIX)
         digest = hashlib.sha256()
         try:
@@ -69,7 +69,7 @@ class ShardCache:
                     file.write(part)
             if digest.hexdigest() != sha256:
                 return False
-            with self._flock("room.lock", wait=True):  # whoever counts sees it under one of its two names
+            with self._flock("room.lock", wait=True):  # num_bytes then sees it under exactly one name
                 os.replace(partial, self._path(sha256))
             return True
         except OSError as error:
@@ -104,22 +104,21 @@ class ShardCache:
             os.close(descriptor)  # frees the lock
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """(modified, bytes, path) of every shard. The caller holds the room: shards are added and renamed under it."""
+        """(modified, bytes, path) of every shard, oldest first. The caller must hold room.lock."""
         files = []
         for path in self.folder.iterdir():
             if path.suffix in (SUFFIX, PARTIAL_SUFFIX):
-                with contextlib.suppress(FileNotFoundError):  # a damaged one, dropped by another process meanwhile
+                with contextlib.suppress(FileNotFoundError):  # another process removed it as damaged
                     status = path.stat()
                     files.append((status.st_mtime, status.st_size, path))
         return sorted(files)
 
     def _reserve(self, partial: Path, num_bytes: int, keep: set[str]) -> None:
-        """Makes room and takes it, so that shards fetched at the same time do not share it."""
+        """Evicts shards until num_bytes fit, then allocates them, so that two fetches never use the same space."""
         with self._flock("room.lock", wait=True):
             partial.unlink(missing_ok=True)
             files = self._files()
             total = sum(size for _, size, _ in files)
-            # Those that this process needs soon go last.
             for modified_s, size, path in sorted(files, key=lambda file: (file[2].stem in keep, file[0])):
                 if total + num_bytes <= self.limit_bytes:
                     break

@@ -1,10 +1,10 @@
-"""What a run says about its data. Everything that decides which sample comes when is here and enters the state."""
+"""The `data` section of a run: which datasets, in which order, with how much cache and memory."""
 
 import os
 import tempfile
 from dataclasses import dataclass
 
-from nltrain.data.errors import DataError
+from nltrain.errors import require
 
 
 def _default_cache_dir() -> str:
@@ -25,41 +25,38 @@ class DataConfig:
     weights: tuple[float, ...] = ()
     """Share of the samples from each prefix, in their order; empty: in proportion to their sequences."""
     seed: int = 0
-    """Decides the order of samples, alone."""
+    """Seed of the order of samples; the initial weights have their own (`train.seed`)."""
     window_shards: int = 16
-    """Samples mix within this many shards, drawn anew each epoch; more mixes better and needs more cache."""
+    """Shards of a window, within which samples are permuted; more mixes better and needs more cache."""
     cache_dir: str = ""
     """Local folder for shards, shared by the ranks of a node; empty: one in the machine's temporary folder."""
     cache_bytes: int = 8 << 30
-    """Size limit of the cache folder; must hold two windows of shards."""
+    """Size limit of the cache folder, in bytes; must hold two windows of shards."""
     buffer_bytes: int = 64 << 20
-    """Memory limit of downloads in flight and batches ready, in bytes; downloads take a quarter of it."""
+    """Memory limit of transfers in flight and batches made ready, in bytes; a quarter of it is for transfers."""
     prefetch_batches: int = 8
     """Batches made ready ahead of the consumer, within buffer_bytes."""
     download_threads: int = 4
     """Shards fetched at once by a rank."""
     range_read_batches: int = 2
-    """First batches after a start that are read by range instead of waiting for whole shards."""
+    """Number of batches after a start that are read by range, without waiting for whole shards."""
     attempts: int = 7
     """Tries of each request before a transient failure stops the run."""
     timeout_s: float = 20.0
-    """Silence on a connection after which a request is tried again, in seconds."""
+    """Seconds without data on a connection after which a request is tried again."""
 
     def __post_init__(self) -> None:
         for name in ("seq_len", "window_shards", "cache_bytes", "buffer_bytes", "prefetch_batches"):
-            if getattr(self, name) < 1:
-                raise DataError(f"data.{name}: {getattr(self, name)}: must be at least 1")
+            require(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "must be at least 1")
         for name in ("download_threads", "attempts", "timeout_s"):
-            if getattr(self, name) <= 0:
-                raise DataError(f"data.{name}: {getattr(self, name)}: must be positive")
-        if self.range_read_batches < 0:
-            raise DataError(f"data.range_read_batches: {self.range_read_batches}: must be at least 0")
-        if self.weights and len(self.weights) != len(self.prefixes):
-            raise DataError(
-                f"data.weights: {len(self.weights)} weights for {len(self.prefixes)} prefixes: give one each, or none"
-            )
-        if any(not weight > 0 for weight in self.weights):
-            raise DataError(f"data.weights: {self.weights}: each must be positive; leave a prefix out instead of 0")
+            require(getattr(self, name) > 0, f"data.{name}", getattr(self, name), "must be positive")
+        number = self.range_read_batches
+        require(number >= 0, "data.range_read_batches", number, "must be at least 0")
+        counts = f"{len(self.weights)} weights for {len(self.prefixes)} prefixes"
+        fit = len(self.weights) in (0, len(self.prefixes))
+        require(fit, "data.weights", self.weights, f"{counts}: give one each, or none")
+        positive = all(weight > 0 for weight in self.weights)
+        require(positive, "data.weights", self.weights, "each must be positive; leave a prefix out instead of 0")
 
     @property
     def prefixes(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
-"""A prepared dataset as readers see it: manifest, tokenizer, shards.
+"""One split of a prepared dataset, opened for reading: manifest, tokenizer, shards.
 
-Opening reads the manifest alone, so it takes one request whatever the dataset's size; indexes and shards are read
-when they are needed and checked against the manifest's hashes.
+Opening reads only the manifest: one request, whatever the dataset's size. Indexes and shards are read when they are
+needed and checked against the manifest's hashes.
 """
 
 import hashlib
@@ -57,7 +57,7 @@ class TokenDataset:
         return cls(open_store(store) if isinstance(store, str) else store, split)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made it."""
+        """The tokenizer that made the dataset. Raises DataError when the file was altered since."""
         url = join_url(self.url, TOKENIZER_KEY)
         data = self.store.get(TOKENIZER_KEY)
         if hashlib.sha256(data).hexdigest() != self.manifest.tokenizer_sha256:
@@ -65,19 +65,19 @@ class TokenDataset:
         return tokenizer_from_bytes(data, url)
 
     def shard_url(self, shard: int) -> str:
-        """Where a shard lies."""
+        """URL of a shard."""
         return join_url(self.url, self.shards[shard].key)
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of a shard; the last few are kept."""
+        """The index of a shard; the last INDEXES_HELD are kept. Raises DataError when it is damaged."""
         index = self._indexes.get(shard)
         if index is None:
-            line = self.shards[shard]
-            for _ in range(INDEX_TRANSFERS):  # damaged on its way, perhaps: as often as a shard
-                data = self.store.get(line.index_key)
-                if hashlib.sha256(data).hexdigest() == line.index_sha256:
+            stored = self.shards[shard]
+            for _ in range(INDEX_TRANSFERS):  # a transfer may damage it
+                data = self.store.get(stored.index_key)
+                if hashlib.sha256(data).hexdigest() == stored.index_sha256:
                     break
-            index = ShardIndex.parse(data, join_url(self.url, line.index_key), line.index_sha256)
+            index = ShardIndex.parse(data, join_url(self.url, stored.index_key), stored.index_sha256)
             with self._indexes_lock:  # readers are threads
                 self._indexes[shard] = index
                 while len(self._indexes) > INDEXES_HELD:
@@ -86,11 +86,11 @@ class TokenDataset:
 
     def check_shard(self, shard: int, data: bytes | memoryview) -> None:
         """Raises DataError, naming the damaged members, when the bytes are not the shard's."""
-        line = self.shards[shard]
-        if len(data) == line.num_bytes and hashlib.sha256(data).hexdigest() == line.sha256:
+        stored = self.shards[shard]
+        if len(data) == stored.num_bytes and hashlib.sha256(data).hexdigest() == stored.sha256:
             return
-        damage = f"{len(data)} of {line.num_bytes} bytes"
-        if len(data) == line.num_bytes:
+        damage = f"{len(data)} of {stored.num_bytes} bytes"
+        if len(data) == stored.num_bytes:
             index = self.index(shard)
             views = (MemberView.cut(index, i, memoryview(data)) for i in range(len(index.members)))
             damage = ", ".join(f"member {view.member.key}" for view in views if not view.is_intact()) or "tar headers"
@@ -102,29 +102,28 @@ class TokenDataset:
     def sequences(self) -> Iterator[Sequence]:
         """All sequences in stored order; holds one shard at a time."""
         for shard in range(len(self.shards)):
-            data = self.store.get(self.shards[shard].key)
-            self.check_shard(shard, data)
-            index = self.index(shard)
-            for position, member in enumerate(index.members):
-                view = MemberView.cut(index, position, memoryview(data))
-                for slot in range(member.num_sequences):
+            for view in self._members(shard):
+                for slot in range(view.member.num_sequences):
                     yield view.sequence(slot)
 
     def tokens_by_group(self) -> Iterator[np.ndarray]:
-        """The token stream, without padding or overlaps, one array for each unbroken piece of it."""
-        pieces: list[np.ndarray] = []
+        """The tokens of each group of documents, 1-D, without padding and overlaps; holds one group at a time."""
+        found: list[np.ndarray] = []
         last_group = None
         for shard in range(len(self.shards)):
             group = self.shards[shard].key.rpartition("-")[0]
-            if pieces and group != last_group:
-                yield np.concatenate(pieces)
-                pieces = []
+            if found and group != last_group:
+                yield np.concatenate(found)
+                found = []
             last_group = group
-            data = self.store.get(self.shards[shard].key)
-            self.check_shard(shard, data)
-            index = self.index(shard)
-            for position, member in enumerate(index.members):
-                view = MemberView.cut(index, position, memoryview(data))
-                pieces.append(view.tokens[(1 if pieces else 0) : member.num_tokens])
-        if pieces:
-            yield np.concatenate(pieces)
+            for view in self._members(shard):
+                found.append(view.tokens[(1 if found else 0) : view.member.num_tokens])
+        if found:
+            yield np.concatenate(found)
+
+    def _members(self, shard: int) -> Iterator[MemberView]:
+        data = self.store.get(self.shards[shard].key)
+        self.check_shard(shard, data)
+        index = self.index(shard)
+        for position in range(len(index.members)):
+            yield MemberView.cut(index, position, memoryview(data))

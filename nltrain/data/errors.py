@@ -1,4 +1,4 @@
-"""The error of everything in this room that is not a failing store."""
+"""The error of this room. A failing store raises StoreError, an impossible field ConfigError."""
 
 from nltrain.errors import UserError
 

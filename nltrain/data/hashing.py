@@ -1,4 +1,4 @@
-"""Hashes that never change with a library's version: the plan, the hold-out and the sampling rest on them.
+"""Hashes that never change with a library's version. The order of samples and the choice of documents depend on them.
 
 `mix64` is the finaliser of splitmix64 on uint64 arrays; `key64` folds names and numbers into one 64-bit key.
 """
@@ -31,5 +31,5 @@ def mix64(values: np.ndarray, key: int) -> np.ndarray:
 
 
 def unit_hash(*parts: str | int) -> float:
-    """A number in [0, 1) that depends on the parts alone."""
+    """A number in [0, 1) that depends only on the parts."""
     return key64(*parts) / 2**64

@@ -1,7 +1,7 @@
-"""The manifest: what a prepared dataset consists of. Written last and atomically, so a dataset is complete or absent.
+"""The manifest: what a dataset consists of. It is written last and atomically, so a dataset is complete or absent.
 
 One manifest.json at the dataset's prefix names the tokenizer, the sequence length and, for each split, every shard
-with its size, counts and SHA-256. A split's `fingerprint` hashes all that decides which sample is which.
+with its size, counts and SHA-256. A split's `fingerprint` changes with any of its sequences.
 """
 
 import hashlib
@@ -29,24 +29,28 @@ class Split:
 
     @property
     def num_sequences(self) -> int:
+        """Sequences of all shards."""
         return sum(shard.num_sequences for shard in self.shards)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all shards; the overlaps are counted once."""
         return sum(shard.num_tokens for shard in self.shards)
 
     @property
     def num_targets(self) -> int:
+        """Positions with a target; padding has none."""
         return sum(shard.num_targets for shard in self.shards)
 
     @property
     def num_documents(self) -> int:
+        """Documents that begin in the shards."""
         return sum(shard.num_documents for shard in self.shards)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset."""
+    """The content of manifest.json."""
 
     seq_len: int
     dtype: str
@@ -56,10 +60,10 @@ class Manifest:
     tokenizer_sha256: str
     splits: dict[str, Split]
     report: dict[str, Any] = field(default_factory=dict)
-    """How it came about: settings, tokens in and out, dropped records by reason."""
+    """How the dataset was made: settings, tokens in and out, dropped records by reason."""
 
     def fingerprint(self, split: str) -> str:
-        """32 hex digits that change with any sample of the split, its order, the tokenizer or the sequence length."""
+        """32 hex digits that change with any sequence of the split, its place, the tokenizer or the sequence length."""
         identity = {
             "format": FORMAT,
             "seq_len": self.seq_len,
@@ -90,7 +94,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes, url: str) -> "Manifest":
-        """The manifest of these bytes; `url` names it in errors."""
+        """The manifest of these bytes; `url` names it in errors. Raises DataError when they are damaged."""
         try:
             content = json.loads(data)
             if content.pop("sha256") != _content_sha256(content):
@@ -119,7 +123,7 @@ def _content_sha256(content: dict[str, Any]) -> str:
 
 
 def read_manifest(store: Store) -> Manifest:
-    """The manifest at the store's prefix."""
+    """The manifest at the store's prefix. Raises DataError when there is none or it is damaged."""
     url = join_url(store.url, MANIFEST_KEY)
     try:
         data = store.get(MANIFEST_KEY)
@@ -131,5 +135,5 @@ def read_manifest(store: Store) -> Manifest:
     try:
         return Manifest.parse(data, url)
     except DataError:
-        # Damaged on its way, perhaps: what lies there decides.
+        # The transfer may have damaged it: a second read decides.
         return Manifest.parse(store.get(MANIFEST_KEY), url)

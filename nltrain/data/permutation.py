@@ -1,8 +1,8 @@
-"""Order without a list of samples: a seeded bijection of [0, n) and the epoch-wise order of a sharded dataset.
+"""The order of one dataset, epoch by epoch, without a list of its sequences; and the bijection of [0, n) behind it.
 
-Memory is O(shards) for each epoch held, O(1) in samples; any position costs the same. An epoch draws an order of
-shards, cuts it into windows of `window_shards` and permutes the samples of each window, so that samples mix within
-and across the shards of a window, and over epochs with all others.
+An epoch draws an order of shards, cuts it into windows of `window_shards` shards and permutes the sequences of each
+window. The next epoch draws another order, so other shards share a window. Memory is O(shards) for each epoch held,
+whatever the number of sequences; any position costs the same.
 """
 
 from collections import OrderedDict
@@ -37,12 +37,15 @@ def permute(values: np.ndarray, n: int, key: int) -> np.ndarray:
 
 class _Epoch(NamedTuple):
     shards: np.ndarray  # [shards] in the order of this epoch
-    first_positions: np.ndarray  # [shards + 1] position of each one's first sample before mixing
+    first_positions: np.ndarray  # [shards + 1] position of each one's first sequence before the permutation
     window_positions: np.ndarray  # [windows + 1]
 
 
 class EpochOrder:
-    """Cursor -> (epoch, shard, offset) for one dataset; pure in (key, sequences_per_shard, window_shards)."""
+    """Cursor -> (epoch, shard, offset) for one dataset; a pure function of (key, sequences_per_shard, window_shards).
+
+    The cursor counts the sequences read from this dataset, over all epochs.
+    """
 
     def __init__(self, key: int, sequences_per_shard: np.ndarray, window_shards: int):
         self.key, self.window_shards = key, window_shards
@@ -51,7 +54,7 @@ class EpochOrder:
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 
     def locate(self, cursors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(epoch, shard, offset), each [n], of the samples at these cursors [n]."""
+        """(epoch, shard, offset), each [n] int64, of the sequences at these cursors [n]."""
         cursors = np.asarray(cursors, np.int64)
         epochs, positions = np.divmod(cursors, self.num_sequences)
         shards, offsets = np.empty_like(cursors), np.empty_like(cursors)
@@ -69,7 +72,7 @@ class EpochOrder:
         return epochs, shards, offsets
 
     def shards_from(self, cursor: int, num_windows: int) -> list[list[int]]:
-        """The shards of the window at this cursor and of those after it, over the end of the epoch too."""
+        """The shards of num_windows windows from the one at this cursor on, over the end of the epoch too."""
         number, position = divmod(cursor, self.num_sequences)
         epoch = self._epoch(number)
         window = int(np.searchsorted(epoch.window_positions, position, side="right")) - 1
@@ -87,8 +90,8 @@ class EpochOrder:
         epoch = self._epochs.get(number)
         if epoch is None:
             num_shards = len(self.sequences_per_shard)
-            ranks = mix64(np.arange(num_shards), key64(self.key, "shards", number))
-            shards = np.argsort(ranks, kind="stable")
+            drawn = mix64(np.arange(num_shards), key64(self.key, "shards", number))
+            shards = np.argsort(drawn, kind="stable")
             first_positions = np.concatenate([[0], np.cumsum(self.sequences_per_shard[shards])])
             window_starts = np.arange(0, num_shards, self.window_shards)
             window_positions = np.concatenate([first_positions[window_starts], [self.num_sequences]])

@@ -1,8 +1,8 @@
-"""Sequences by address, out of whole cached shards or by range reads, always checked.
+"""Sequences by address, from whole cached shards or by range reads, always checked.
 
-`ShardReader` keeps the shards of the current and the next window coming into the local cache on threads. A damaged
-transfer is fetched again; a damaged shard stops with its URL and the names of its members. Limits: bytes in flight
-stay within `in_flight_bytes`; mapped shards belong to the page cache and are not counted.
+`ShardReader` fetches the wanted shards into the local cache on threads. A damaged transfer is repeated; a damaged shard
+raises DataError with its URL and the names of its damaged members. Limits: bytes in flight stay within
+`in_flight_bytes`; mapped shards belong to the page cache and are not counted.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ ShardId = tuple[int, int]  # (dataset, shard)
 
 
 class ByteMeter:
-    """Counts bytes held, waits at a limit, remembers the peak."""
+    """Counts bytes held, blocks at a limit, records the peak; thread-safe."""
 
     def __init__(self, limit_bytes: int):
         self.limit_bytes = limit_bytes
@@ -35,7 +35,7 @@ class ByteMeter:
         self._closed = False
 
     def acquire(self, num_bytes: int) -> None:
-        """Waits until they fit (one holder alone always fits)."""
+        """Blocks until num_bytes fit below the limit, or nothing else is held."""
         with self._changed:
             self._changed.wait_for(
                 lambda: self._closed or self.held_bytes == 0 or self.held_bytes + num_bytes <= self.limit_bytes
@@ -44,35 +44,37 @@ class ByteMeter:
             self.peak_bytes = max(self.peak_bytes, self.held_bytes)
 
     def release(self, num_bytes: int) -> None:
+        """Gives back bytes that were acquired."""
         with self._changed:
             self.held_bytes -= num_bytes
             self._changed.notify_all()
 
     def close(self) -> None:
-        """Lets all waiters go."""
+        """Ends all present and later waits."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
 
 class ShardView:
-    """The sequences of a whole shard in memory or in a map."""
+    """The sequences of a whole shard that lies in memory or in a map."""
 
     def __init__(self, index: shards.ShardIndex, data: memoryview):
         self.index = index
         self._members = [shards.MemberView.cut(index, position, data) for position in range(len(index.members))]
 
     def sequence(self, offset: int) -> shards.Sequence:
+        """The sequence at `offset`, counted in sequences from the shard's beginning."""
         position, slot = divmod(offset, self.index.sequences_per_member)
         return self._members[position].sequence(slot)
 
 
 class ReaderClosed(Exception):
-    """The reader was closed while somebody waited for a shard."""
+    """The reader was closed while a thread waited for a shard."""
 
 
 class ShardReader:
-    """Reads sequences of several datasets."""
+    """Reads sequences of several datasets; close it to stop its threads."""
 
     def __init__(self, datasets: Sequence[TokenDataset], cache: ShardCache, threads: int, in_flight_bytes: int):
         self.datasets, self.cache = tuple(datasets), cache
@@ -86,7 +88,7 @@ class ShardReader:
         self._rangers = ThreadPoolExecutor(max(8, threads), "nltrain-ranges")
 
     def want(self, wanted: Sequence[ShardId]) -> None:
-        """These shards, most urgent first, are fetched into the cache and mapped; others are let go."""
+        """Fetches these shards into the cache, most urgent first, and maps them; releases all others."""
         self._wanted = list(wanted)
         keep = set(wanted)
         self._views = {shard: view for shard, view in self._views.items() if shard in keep}
@@ -99,7 +101,11 @@ class ShardReader:
                 self._fetches[shard] = self._fetchers.submit(self._fetch, shard)
 
     def sequences(self, addresses: Sequence[tuple[int, int, int]], by_range: bool) -> list[shards.Sequence]:
-        """The sequences at (dataset, shard, offset). by_range: those of shards not at hand are read directly."""
+        """The sequences at these (dataset, shard, offset), in order.
+
+        by_range: reads a sequence whose shard is not mapped yet from the store by range. Otherwise waits for the shard.
+        Raises DataError or StoreError for what cannot be read.
+        """
         pending: dict[int, Future[shards.Sequence]] = {}
         found: list[shards.Sequence | None] = [None] * len(addresses)
         for place, (dataset, shard, offset) in enumerate(addresses):
@@ -128,7 +134,7 @@ class ShardReader:
         if fetch is None or (fetch.done() and fetch.exception() is not None):
             if not wait:
                 return None
-            # Asked for now, or it failed while nobody needed it: the error counts only if it comes again.
+            # An earlier fetch may have failed before the shard was needed: only a second failure is raised.
             fetch = self._fetches[shard] = self._fetchers.submit(self._fetch, shard)
         elif not wait and not fetch.done():
             return None
@@ -139,51 +145,51 @@ class ShardReader:
 
     def _fetch(self, shard: ShardId) -> ShardView:
         dataset, number = self.datasets[shard[0]], shard[1]
-        line = dataset.shards[number]
+        stored = dataset.shards[number]
         num_damaged = 0
         while num_damaged < DAMAGED_TRANSFERS:
             view = self._map(dataset, number)
             if view is not None:
                 return view
-            with self.cache.locked(line.sha256) as held:
+            with self.cache.locked(stored.sha256) as held:
                 if self._closed.is_set():
                     raise ReaderClosed
-                if not held:  # another process is bringing it
+                if not held:  # another process fetches it
                     time.sleep(LOCK_POLL_S)
                     continue
-                view = self._map(dataset, number)  # another process may just have brought it
+                view = self._map(dataset, number)  # another process may just have finished
                 if view is not None:
                     return view
                 keep = [self.datasets[d].shards[s].sha256 for d, s in self._wanted]
-                if not self.cache.add(line.sha256, line.num_bytes, lambda: self._parts(dataset, number), keep):
+                if not self.cache.add(stored.sha256, stored.num_bytes, lambda: self._parts(dataset, number), keep):
                     num_damaged += 1
                     self.num_damaged_transfers += 1
-        # Three transfers of it were damaged alike: the stored shard is; say where.
-        dataset.check_shard(number, dataset.store.get(line.key))
+        # Every transfer was damaged, so the stored shard probably is: name its damaged members.
+        dataset.check_shard(number, dataset.store.get(stored.key))
         raise DataError(f"{dataset.shard_url(number)}: {DAMAGED_TRANSFERS} damaged transfers: check the network")
 
     def _map(self, dataset: TokenDataset, number: int) -> ShardView | None:
-        line = dataset.shards[number]
-        mapped = self.cache.map(line.sha256)
+        stored = dataset.shards[number]
+        mapped = self.cache.map(stored.sha256)
         if mapped is None:
             return None
         data = memoryview(mapped)
-        if len(data) != line.num_bytes or hashlib.sha256(data).hexdigest() != line.sha256:
-            self.cache.drop(line.sha256)  # the local disk lost a bit: the store has the truth
+        if len(data) != stored.num_bytes or hashlib.sha256(data).hexdigest() != stored.sha256:
+            self.cache.remove(stored.sha256)  # damaged on the local disk: fetch it again
             self.num_damaged_transfers += 1
             return None
         return ShardView(dataset.index(number), data)
 
     def _parts(self, dataset: TokenDataset, number: int) -> Iterator[bytes]:
-        line = dataset.shards[number]
+        stored = dataset.shards[number]
         part_bytes = max(1, min(PART_BYTES, self.meter.limit_bytes))
-        for start in range(0, line.num_bytes, part_bytes):
-            length = min(part_bytes, line.num_bytes - start)
+        for start in range(0, stored.num_bytes, part_bytes):
+            length = min(part_bytes, stored.num_bytes - start)
             self.meter.acquire(length)
             try:
                 if self._closed.is_set():
                     raise ReaderClosed
-                yield dataset.store.get_range(line.key, start, length)
+                yield dataset.store.get_range(stored.key, start, length)
             finally:
                 self.meter.release(length)
 

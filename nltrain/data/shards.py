@@ -1,10 +1,10 @@
-"""The shard format: a webdataset tar of members, each many packed sequences, and an index beside it.
+"""The shard format: a webdataset tar whose members hold packed sequences, and an index beside it.
 
 A member is two tar entries of one key: `.starts` (uint32 positions of document starts) and `.tokens` (uint16 or
-uint32). A member of n sequences holds n * seq_len + 1 tokens: neighbours overlap by one, so each token but a group's
-first is the target of exactly one position. All members of a shard hold the same number of sequences, save the last.
-Guarantees: equal tokens give equal bytes (tar mtime 0, no names of machines or users); each entry carries its offset,
-length and CRC-32 in the index, each shard its SHA-256. Limits: a shard is built in memory.
+uint32). A member of n sequences holds n * seq_len + 1 tokens: neighbours overlap by one, so each token except a group's
+first is the target of exactly one position. All members of a shard except the last hold the same number of sequences.
+Guarantees: equal tokens give equal bytes (tar mtime 0, no names of machines or users); the index has the offset, length
+and CRC-32 of each entry, the manifest the SHA-256 of each shard and index. Limits: a shard is built in memory.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class Member:
     key: str
     num_sequences: int
     num_tokens: int
-    """Real tokens, the one shared with the next member included; beyond them is padding."""
+    """Tokens that are not padding, including the one shared with the next member."""
     num_documents: int
     starts: Entry
     tokens: Entry
@@ -47,7 +47,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Shard:
-    """One line of a manifest."""
+    """What the manifest records of one shard."""
 
     key: str
     num_bytes: int
@@ -56,7 +56,7 @@ class Shard:
     index_sha256: str
     num_sequences: int
     num_tokens: int
-    """Tokens that this shard adds to the dataset: the overlaps counted once."""
+    """Tokens that this shard adds to the dataset; the overlaps are counted once."""
     num_targets: int
     num_documents: int
 
@@ -70,7 +70,7 @@ class FinishedShard(NamedTuple):
 
 
 class ShardPacker:
-    """Packs token arrays into sequences, members and shards; `add` and `finish` return the shards that became full."""
+    """Packs the documents of one group into sequences, members and shards of one split."""
 
     def __init__(self, key_prefix: str, seq_len: int, dtype: np.dtype, bytes_per_member: int, bytes_per_shard: int):
         self.key_prefix, self.seq_len, self.dtype = key_prefix, seq_len, dtype
@@ -84,7 +84,7 @@ class ShardPacker:
         self._open_shard()
 
     def add(self, tokens: np.ndarray, starts_document: bool = True) -> list[FinishedShard]:
-        """Appends one document, or a further piece of the one before."""
+        """Appends one document, or the next piece of the last one; returns the shards that became full."""
         if len(tokens) == 0:
             return []
         if starts_document:
@@ -95,13 +95,14 @@ class ShardPacker:
         return self._cut(full) if self._num_pending >= full else []
 
     def finish(self) -> list[FinishedShard]:
-        """Pads the tail, closes the last shard. One token may be left that is already the previous member's last."""
+        """Pads the last sequence and closes the last shard; returns it, unless nothing is left to store."""
         finished = []
+        # After a member one token is pending that the member already holds.
         num_left = 1 if self._first_of_group else 2
         if self._num_pending >= num_left or self._starts:
             tokens = np.concatenate(self._pending)
             num_sequences = max(1, -(-(len(tokens) - 1) // self.seq_len))
-            # A document of one token, the last, is no sequence's input yet: its start needs one without targets.
+            # A last document of one token is only a target so far: a sequence without targets stores its start.
             num_sequences += bool(self._starts) and self._starts[-1] == num_sequences * self.seq_len
             padded = np.zeros(num_sequences * self.seq_len + 1, self.dtype)
             padded[: len(tokens)] = tokens
@@ -180,7 +181,7 @@ class ShardPacker:
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """A parsed index."""
+    """The index of a shard: its members and where they lie."""
 
     seq_len: int
     dtype: np.dtype
@@ -188,11 +189,12 @@ class ShardIndex:
 
     @property
     def sequences_per_member(self) -> int:
+        """Sequences of each member except the last, which may hold fewer."""
         return self.members[0].num_sequences
 
     @classmethod
     def parse(cls, data: bytes, url: str, sha256: str) -> "ShardIndex":
-        """Checked against the manifest's hash: a truncated or altered index is refused."""
+        """The index of these bytes. Raises DataError when their SHA-256 is not the manifest's."""
         if hashlib.sha256(data).hexdigest() != sha256:
             raise DataError(
                 f"{url}: the index ({len(data)} bytes) is truncated or altered: its SHA-256 is not the manifest's: "
@@ -207,22 +209,22 @@ class ShardIndex:
 
 
 class Sequence(NamedTuple):
-    """One packed sequence."""
+    """One packed sequence: seq_len inputs and as many targets, shifted by one."""
 
     tokens: np.ndarray  # [seq_len + 1], the dataset's dtype
     starts: np.ndarray  # positions of document starts, ascending, in [0, seq_len)
-    num_targets: int  # positions beyond are padding
+    num_targets: int  # the targets of later positions are padding
 
 
 class MemberView:
-    """The sequences of one member over its bytes: `.starts`' data, then `.tokens`' data."""
+    """The sequences of one member, as views of its bytes."""
 
     def __init__(self, member: Member, seq_len: int, dtype: np.dtype, starts: np.ndarray, tokens: np.ndarray):
         self.member, self.seq_len, self.dtype, self.starts, self.tokens = member, seq_len, dtype, starts, tokens
 
     @classmethod
     def cut(cls, index: ShardIndex, position: int, data: memoryview, base: int = 0) -> "MemberView":
-        """The member at `position` of its shard out of `data`, whose first byte is the shard's byte `base`."""
+        """The member at `position` of its shard; `data` begins at the shard's byte `base`."""
         member = index.members[position]
         starts, tokens = (
             np.frombuffer(data[entry.offset - base : entry.offset - base + entry.num_bytes], dtype)
@@ -231,7 +233,7 @@ class MemberView:
         return cls(member, index.seq_len, index.dtype, starts, tokens)
 
     def is_intact(self) -> bool:
-        """Whether both entries have the checksums of the index."""
+        """Whether both entries have the CRC-32 that the index names."""
         return all(
             zlib.crc32(data.data) == entry.crc32
             for data, entry in ((self.starts, self.member.starts), (self.tokens, self.member.tokens))

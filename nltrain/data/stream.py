@@ -1,10 +1,10 @@
-"""Batches of one rank, in the order it is told, made ready ahead on threads.
+"""The batches of one rank, made ready ahead of the consumer on threads.
 
-`TokenStream` turns an iterable of sample indices (this rank's slice of each micro-step) into one `Batch` per entry.
-It holds no position: the caller knows how many samples its finished steps consumed, and starts a new stream there.
-Guarantees: batches come in order, verified; memory of batches and downloads stays within `buffer_bytes`; an error
-reaches the consumer at the batch that needed the data, after all earlier ones. Limits: entries are taken from the
-iterable ahead of time, so it must not depend on what the consumer does.
+`TokenStream` takes the sample indices of this rank's slice of each micro-step and gives one `Batch` for each. It holds
+no position: the caller knows how many samples its finished steps consumed and starts a new stream there. Guarantees:
+batches come in the given order, verified; batches and transfers stay within `buffer_bytes`; an error is raised at the
+batch that needs the data, after all earlier batches. Limits: the indices are taken ahead of time, so they must not
+depend on what the consumer does.
 """
 
 import threading
@@ -20,28 +20,28 @@ from nltrain.data.batch import BYTES_PER_TOKEN, Batch
 from nltrain.data.cache import ShardCache
 from nltrain.data.config import DataConfig
 from nltrain.data.errors import DataError
-from nltrain.data.plan import SamplePlan
+from nltrain.data.order import SampleOrder
 from nltrain.data.reader import ByteMeter, ShardReader
 
-# Addresses are worked out for this many samples at once: the arithmetic is cheap per array, not per sample.
-PLANNED_SAMPLES = 512
+# Addresses are computed for this many samples at once: one call costs about the same for one sample as for hundreds.
+SAMPLES_PER_LOOKUP = 512
 _END = object()
 
 
 class TokenStream:
     """Iterator of batches; close it, or use it in a with block."""
 
-    def __init__(self, config: DataConfig, plan: SamplePlan, sample_ranges: Iterable[Sequence[int]]):
-        """sample_ranges: for each micro-step the global sample indices of this rank, possibly none."""
-        self.config, self.plan = config, plan
+    def __init__(self, config: DataConfig, order: SampleOrder, sample_ranges: Iterable[Sequence[int]]):
+        """sample_ranges: for each micro-step the sample indices of this rank, possibly none. Raises DataError."""
+        self.config, self.order = config, order
         self.wait_s = 0.0  # time the consumer spent waiting for batches
         self.num_batches = 0
         download_bytes = config.buffer_bytes // 4
         self._meter = ByteMeter(config.buffer_bytes - download_bytes)
-        _check_cache(config, plan)
+        _check_cache(config, order)
         cache = ShardCache(config.cache_folder, config.cache_bytes)
-        self._reader = ShardReader(plan.datasets, cache, config.download_threads, download_bytes)
-        self._entries = iter(sample_ranges)
+        self._reader = ShardReader(order.datasets, cache, config.download_threads, download_bytes)
+        self._sample_ranges = iter(sample_ranges)
         self._ready: deque[Batch | BaseException | object] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -72,7 +72,7 @@ class TokenStream:
         return item
 
     def close(self) -> None:
-        """Stops all threads; batches not yet taken are dropped."""
+        """Stops all threads and discards the batches that were not taken."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -88,40 +88,40 @@ class TokenStream:
 
     @property
     def peak_buffer_bytes(self) -> int:
-        """Most bytes held at once so far in batches made ready and downloads in flight (sum of both peaks)."""
+        """Peak bytes of batches made ready plus peak bytes of transfers in flight, so far."""
         return self._meter.peak_bytes + self._reader.meter.peak_bytes
 
     @property
     def num_damaged_transfers(self) -> int:
-        """Transfers whose checksum was wrong and that were fetched again."""
+        """Transfers with a wrong checksum, each of which was repeated."""
         return self._reader.num_damaged_transfers
 
     def _feed(self) -> None:
         try:
-            for number, (indices, addresses) in enumerate(self._planned()):
+            for number, (indices, addresses) in enumerate(self._located()):
                 if not self._offer(self._make(number, indices, addresses)):
                     return
             self._put(_END)
-        except BaseException as error:  # handed to the consumer, whatever it is
+        except BaseException as error:  # raised in the consumer by __next__
             self._put(error)
 
-    def _planned(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(sample indices [n], addresses [n, 3]) of each entry."""
-        limit = 1  # the first entry is planned alone: the first batch should not wait for the others
+    def _located(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """(sample indices [n], addresses [n, 3]) of each micro-step."""
+        limit = 1  # the first micro-step is located alone, so that the first batch does not wait for the others
         while True:
             chunk: list[np.ndarray] = []
-            while sum(len(entry) for entry in chunk) < limit and len(chunk) < limit:
-                entry = next(self._entries, None)
-                if entry is None:
+            while sum(len(samples) for samples in chunk) < limit and len(chunk) < limit:
+                samples = next(self._sample_ranges, None)
+                if samples is None:
                     break
-                chunk.append(np.asarray(entry, np.int64))
+                chunk.append(np.asarray(samples, np.int64))
             if not chunk:
                 return
-            limit = PLANNED_SAMPLES
+            limit = SAMPLES_PER_LOOKUP
             joined = np.concatenate(chunk)
             addresses = np.empty((0, 3), np.int64)
             if len(joined):
-                found = self.plan.addresses(joined)
+                found = self.order.addresses(joined)
                 addresses = np.stack([found.dataset, found.shard, found.offset], axis=1)
             end = 0
             for indices in chunk:
@@ -129,7 +129,7 @@ class TokenStream:
                 yield indices, addresses[start:end]
 
     def _make(self, number: int, indices: np.ndarray, addresses: np.ndarray) -> Batch:
-        seq_len = self.plan.seq_len
+        seq_len = self.order.seq_len
         num_bytes = max(1, len(indices)) * seq_len * BYTES_PER_TOKEN
         if num_bytes > self._meter.limit_bytes:
             raise DataError(
@@ -138,23 +138,22 @@ class TokenStream:
             )
         self._meter.acquire(num_bytes)
         if not len(indices):
-            return Batch.padding(seq_len, self.plan.vocab_size)
+            return Batch.padding(seq_len, self.order.vocab_size)
         by_range = number < self.config.range_read_batches
         if number > 0 or not by_range:
-            self._reader.want(self._wanted(int(indices[0])))
+            self._reader.want(self.order.windows_from(int(indices[0])))
         rows = [(int(row[0]), int(row[1]), int(row[2])) for row in addresses]
         batch = Batch.pack(self._reader.sequences(rows, by_range), indices, seq_len)
         return batch.pinned() if torch.cuda.is_available() else batch
 
-    def _wanted(self, sample_index: int) -> list[tuple[int, int]]:
-        return self.plan.windows_from(sample_index)
-
     def _offer(self, batch: Batch) -> bool:
+        """As `_put`, but waits while prefetch_batches are ready."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or len(self._ready) < self.config.prefetch_batches)
         return self._put(batch)
 
     def _put(self, item: object) -> bool:
+        """Hands an item to the consumer; False when the stream is closed."""
         with self._changed:
             if self._closed:
                 return False
@@ -163,10 +162,10 @@ class TokenStream:
             return True
 
 
-def _check_cache(config: DataConfig, plan: SamplePlan) -> None:
+def _check_cache(config: DataConfig, order: SampleOrder) -> None:
     needed = sum(
         min(len(dataset.shards), 2 * config.window_shards) * max(shard.num_bytes for shard in dataset.shards)
-        for dataset in plan.datasets
+        for dataset in order.datasets
     )
     if config.cache_bytes < needed:
         raise DataError(
@@ -176,5 +175,5 @@ def _check_cache(config: DataConfig, plan: SamplePlan) -> None:
 
 
 def sequential_ranges(num_sequences: int, batch_size: int, start: int = 0) -> Iterator[range]:
-    """Sample indices [start, num_sequences) in batches of batch_size, the last one short; for evaluation."""
+    """Sample indices [start, num_sequences) in ranges of batch_size, the last one shorter; for evaluation."""
     return (range(i, min(i + batch_size, num_sequences)) for i in range(start, num_sequences, batch_size))

@@ -1,7 +1,8 @@
 """Train, load and apply a Hugging Face `tokenizers` tokenizer.
 
-Text never becomes a control token: a document that spells `<|endoftext|>` is encoded as those characters, so the
-separator marks document starts and nothing else. What a tokenizer cannot encode is told, what it leaves out counted.
+Text never becomes a control token: a document that spells `<|endoftext|>` is encoded as those characters, so only
+document starts have the separator. A text that a tokenizer cannot encode is reported; characters that it leaves out are
+counted.
 """
 
 import hashlib
@@ -17,11 +18,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nltrain.data.errors import DataError
 
 SEPARATOR = "<|endoftext|>"
-# Merging tokens in one word of a megabyte costs a megabyte for each merge; no word of a language is as long as this.
+# Training reads the whole word again for each merge, so a word of a megabyte takes minutes. Real words are shorter.
 LONGEST_WORD_CHARS = 256
 _RUNS = re.compile(r"[^\W\d_]+|\d+|\s+|(?:[^\w\s]|_)+")
 _SPACES = re.compile(r"\s{2,}")
-# Characters that few tokenizers have a token for: those that leave one of them out are watched.
+# Few tokenizers have a token for all of these. Leaving one out shows that a tokenizer may leave out others.
 RARE_CHARACTERS = ("\U0010ffff", "\ue000", "\u0378", "\u4e16", "\u00e9", "Q", "\x01")
 
 
@@ -30,8 +31,8 @@ def train_tokenizer(
 ) -> Tokenizer:
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, the separator included; any text can be encoded.
 
-    Of a run of more than LONGEST_WORD_CHARS letters, digits, spaces or signs only the beginning is trained on;
-    report_cut is told how many characters of a text were left out.
+    Only the first LONGEST_WORD_CHARS of an unbroken run of letters, digits, spaces or signs are used; report_cut is
+    called with the number of characters that were left out of a text. Raises DataError for a vocab_size below 257.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     if vocab_size <= len(alphabet):
@@ -48,7 +49,7 @@ def train_tokenizer(
 
 def _without_long_words(texts: Iterable[str], report_cut: Callable[[int], None] | None) -> Iterator[str]:
     for text in texts:
-        # Most texts have none, which is seen faster than runs are told apart.
+        # Most texts have no long run; this check is faster than cutting.
         short = max(map(len, text.split()), default=0) <= LONGEST_WORD_CHARS
         if short and all(
             end - start <= LONGEST_WORD_CHARS for start, end in map(re.Match.span, _SPACES.finditer(text))
@@ -62,12 +63,12 @@ def _without_long_words(texts: Iterable[str], report_cut: Callable[[int], None] 
 
 
 def tokenizer_to_bytes(tokenizer: Tokenizer) -> bytes:
-    """Its tokenizer.json."""
+    """The tokenizer.json of a tokenizer."""
     return tokenizer.to_str(pretty=False).encode()
 
 
 def tokenizer_from_bytes(data: bytes, source: str) -> Tokenizer:
-    """The tokenizer of a tokenizer.json; `source` names it in the error."""
+    """The tokenizer of a tokenizer.json. Raises DataError, which names it by `source`."""
     try:
         return Tokenizer.from_str(data.decode())
     except Exception as error:  # the library raises bare Exception
@@ -86,25 +87,25 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 @dataclass
-class Losses:
-    """What encoding left out of documents that were kept."""
+class Unencoded:
+    """What encoding could not represent of documents that were kept."""
 
     characters: Counter[str] = field(default_factory=Counter)
-    """Characters without a token, other than spaces: no token stands in their place."""
+    """How often each character without a token was left out; white space is not counted."""
     num_unknown: int = 0
-    """Unknown tokens: each stands for a word or character that the vocabulary lacks."""
+    """Unknown tokens, each in place of a word or character that the vocabulary lacks."""
 
 
 class DocumentEncoder:
-    """Encodes documents, each led by the separator's id (if there is one). `losses` counts what was left out."""
+    """Encodes documents, each with the separator's id (if there is one) first. `unencoded` counts what was left out."""
 
     def __init__(self, tokenizer: Tokenizer, separator: str | None = SEPARATOR):
-        # A private copy: two settings are changed.
+        # A private copy, because settings are changed.
         self._tokenizer = Tokenizer.from_str(tokenizer.to_str())
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.losses = Losses()
+        self.unencoded = Unencoded()
         ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
         if not ids:
             raise DataError("tokenizer: it has no tokens at all: train it first, or give another file")
@@ -120,9 +121,9 @@ class DocumentEncoder:
                     "set prepare.separator to one of its tokens or none"
                 )
         self._unknown_id = self._find_unknown()
-        self._known: set[str] = set()
-        self._lost: set[str] = set()
-        self._loses = any(self._encode_one(c) == [] for c in RARE_CHARACTERS)
+        self._tested: set[str] = set()
+        self._without_token: set[str] = set()
+        self._leaves_out = any(self._encode_one(c) == [] for c in RARE_CHARACTERS)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One 1-D int64 array of ids per text, separator first. Raises DataError for what cannot be encoded."""
@@ -134,9 +135,9 @@ class DocumentEncoder:
         return found
 
     def try_encode(self, texts: Sequence[str], continues: Sequence[bool]) -> list[np.ndarray | str]:
-        """One 1-D int64 array of ids per text, or why there is none. No separator leads a text that continues another.
+        """One 1-D int64 array of ids per text, or the reason why it cannot be encoded.
 
-        The usual reason is a vocabulary without a token for what it does not know.
+        continues: whether a text continues the document of the text before; such a text gets no separator.
         """
         ids: list[list[int] | str]
         try:
@@ -146,22 +147,22 @@ class DocumentEncoder:
             ids = [self._encode_one(text) for text in texts]
         lead = [] if self.separator_id is None else [self.separator_id]
         return [
-            found if isinstance(found, str) else self._counted(text, [] if further else lead, found)
-            for text, further, found in zip(texts, continues, ids, strict=True)
+            found if isinstance(found, str) else self._counted(text, [] if continued else lead, found)
+            for text, continued, found in zip(texts, continues, ids, strict=True)
         ]
 
     def _counted(self, text: str, lead: list[int], ids: list[int]) -> np.ndarray:
         tokens = np.array(lead + ids, dtype=np.int64)
         if self._unknown_id is not None:
-            self.losses.num_unknown += int(np.count_nonzero(tokens[len(lead) :] == self._unknown_id))
-        if self._loses:
+            self.unencoded.num_unknown += int(np.count_nonzero(tokens[len(lead) :] == self._unknown_id))
+        if self._leaves_out:
             characters = set(text)
-            for c in characters - self._known:
-                self._known.add(c)
+            for c in characters - self._tested:
+                self._tested.add(c)
                 if not c.isspace() and self._encode_one(c) == []:
-                    self._lost.add(c)
-            for c in characters & self._lost:
-                self.losses.characters[c] += text.count(c)
+                    self._without_token.add(c)
+            for c in characters & self._without_token:
+                self.unencoded.characters[c] += text.count(c)
         return tokens
 
     def _encode_one(self, text: str) -> list[int] | str:
@@ -178,7 +179,8 @@ class DocumentEncoder:
 
 
 def _reason(error: BaseException) -> str:
-    """What the library says; raises what is not about the text. Its panics are no Exceptions."""
+    """The reason in the library's words; raises errors that are not about the text."""
+    # The library's panics do not derive from Exception.
     if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
         raise error
     if isinstance(error, MemoryError):

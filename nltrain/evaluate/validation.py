@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from nltrain.config import RunConfig
-from nltrain.data import Batch, DataError, TokenDataset, TokenStream, open_plan
+from nltrain.data import Batch, DataError, TokenDataset, TokenStream, open_order
 from nltrain.evaluate.entropy import reference_entropies
 from nltrain.levels.quantum import cut_quantum
 from nltrain.model import LanguageModel
@@ -24,7 +24,7 @@ class Validation:
         self._device = device
         # The same sequences whatever the order of training: losses of two seeds can be compared.
         data = dataclasses.replace(config.data, split="validation", weights=(), seed=0, window_shards=16)
-        plan = open_plan(data)
+        plan = open_order(data)
         available = sum(dataset.num_sequences for dataset in plan.datasets)
         num_sequences = min(config.train.validation_sequences, available)
         cut = cut_quantum(num_sequences, config.train.micro_batch_size, world_size)

@@ -11,7 +11,7 @@ from nltrain.checkpoint.catalog import list_checkpoints, split_resume_url
 from nltrain.checkpoint.errors import CheckpointError
 from nltrain.checkpoint.manifest import check_run
 from nltrain.config import RunConfig, check_vocabulary
-from nltrain.data import DataError, open_plan
+from nltrain.data import DataError, open_order
 from nltrain.errors import ConfigError
 from nltrain.places import S3Place, absolute_place, as_uri, join_url, parse_place
 from nltrain.store import open_store
@@ -96,7 +96,7 @@ def check_run_can_start(config: RunConfig) -> None:
     """
     check_run(config.name)
     as_uri(join_url(config.checkpoint.url, config.name))  # Ray keeps its own notes there
-    check_vocabulary(config, open_plan(config.data).vocab_size)
+    check_vocabulary(config, open_order(config.data).vocab_size)
     check_atomic_create(open_store(config.checkpoint.url), f"{config.name}/attempts")
     _check_validation(config)
     _check_resume(config)
@@ -107,7 +107,7 @@ def _check_validation(config: RunConfig) -> None:
     if not wanted:
         return
     try:
-        plan = open_plan(replace(config.data, split="validation", weights=()))
+        plan = open_order(replace(config.data, split="validation", weights=()))
         targets = sum(dataset.num_targets for dataset in plan.datasets)
         why = "" if targets else f"{config.data.prefix}: split 'validation' holds no target"
     except DataError as error:

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from nltrain.data import Batch, SamplePlan, TokenDataset, train_tokenizer
+from nltrain.data import Batch, SampleOrder, TokenDataset, train_tokenizer
 from nltrain.data.prepare import PrepareConfig, prepare_tokens
 from nltrain.store import open_store
 
@@ -28,7 +28,7 @@ def make_dataset(url: str, num_sequences: int, seq_len: int = 16, seed: int = 0,
 
 
 def contents(dataset: TokenDataset) -> dict[tuple[int, int], tuple[bytes, bytes, int]]:
-    """{(shard, offset): (tokens, document starts, targets that count)}, read without plan and stream."""
+    """{(shard, offset): (tokens, document starts, targets that count)}, read without the stream."""
     sequences = dataset.sequences()
     return {
         (shard, offset): (sequence.tokens.astype(np.int64).tobytes(), sequence.starts.tobytes(), sequence.num_targets)
@@ -37,11 +37,11 @@ def contents(dataset: TokenDataset) -> dict[tuple[int, int], tuple[bytes, bytes,
     }
 
 
-def rows(batch: Batch, plan: SamplePlan) -> list[tuple[tuple[int, int], tuple[bytes, bytes, int]]]:
+def rows(batch: Batch, order: SampleOrder) -> list[tuple[tuple[int, int], tuple[bytes, bytes, int]]]:
     """Each row of a batch in the form of `contents`."""
     found = []
     for row, index in enumerate(batch.sample_indices):
-        address = plan(index)
+        address = order(index)
         tokens, targets = batch.tokens[row].numpy(), batch.targets[row].numpy()
         num_targets = int((targets != -100).sum())
         # Padding is zeros, so that the last, ignored target is known too.

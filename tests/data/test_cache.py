@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nltrain.data import DataConfig, DataError, TokenStream, open_plan
+from nltrain.data import DataConfig, DataError, TokenStream, open_order
 from nltrain.data.cache import ShardCache
 from nltrain.data.stream import sequential_ranges
 from nltrain.local.embedded_s3 import EmbeddedS3
@@ -93,13 +93,13 @@ def test_the_lock_of_a_killed_process_is_free_again(tmp_path: Path) -> None:
 
 READER = """
 import sys
-from nltrain.data import DataConfig, TokenStream, open_plan
+from nltrain.data import DataConfig, TokenStream, open_order
 from nltrain.data.stream import sequential_ranges
 config = DataConfig(prefix=sys.argv[1], seq_len=16, cache_dir=sys.argv[2], window_shards=4, range_read_batches=0)
-plan = open_plan(config)
+order = open_order(config)
 print("ready", flush=True)
 sys.stdin.readline()
-with TokenStream(config, plan, sequential_ranges(plan.datasets[0].num_sequences, 8)) as stream:
+with TokenStream(config, order, sequential_ranges(order.datasets[0].num_sequences, 8)) as stream:
     print(sum(batch.num_targets for batch in stream), flush=True)
 """
 
@@ -132,12 +132,12 @@ def test_a_cache_smaller_than_the_dataset_still_reads_all_of_it(bucket: str, tmp
     config = DataConfig(
         prefix=bucket, seq_len=16, cache_dir=str(tmp_path / "cache"), cache_bytes=limit, window_shards=3
     )
-    plan = open_plan(config)
+    order = open_order(config)
     cache = ShardCache(config.cache_folder, limit)
     seen = []
-    with TokenStream(config, plan, sequential_ranges(1600, 8)) as stream:
+    with TokenStream(config, order, sequential_ranges(1600, 8)) as stream:
         for batch in stream:
-            seen += rows(batch, plan)
+            seen += rows(batch, order)
             assert cache.num_bytes() <= limit
     assert len(seen) == 1600 and dict(seen) == contents(dataset)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from nltrain.data import DataConfig, TokenStream, open_plan
+from nltrain.data import DataConfig, TokenStream, open_order
 from nltrain.data.prepare import PrepareConfig, prepare_tokens
 from nltrain.model import build, preset
 from nltrain.store import open_store
@@ -23,7 +23,7 @@ def test_a_packed_document_is_read_as_if_it_stood_alone(tmp_path: Path, family: 
     config = PrepareConfig(seq_len=256, validation_fraction=0.0)
     prepare_tokens(documents, open_store(str(tmp_path / "set")), TOKENIZER, config)
     data = DataConfig(prefix=str(tmp_path / "set"), seq_len=256, cache_dir=str(tmp_path / "cache"))
-    with TokenStream(data, open_plan(data), [[0]]) as stream:
+    with TokenStream(data, open_order(data), [[0]]) as stream:
         batch = next(stream)
     starts = batch.document_starts[0].nonzero()[:, 0].tolist()
     assert starts == [0, 70, 103, 148] and batch.num_targets == 256

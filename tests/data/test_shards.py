@@ -9,10 +9,8 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nltrain.data import DataError, TokenDataset
 from nltrain.data.shards import MemberView, ShardIndex, ShardPacker, member_range
 from nltrain.data.tokenizer import token_dtype
-from nltrain.store import open_store
 from tests.data.support import make_dataset
 
 
@@ -54,11 +52,6 @@ def test_tokens_and_boundaries_survive_packing(
     assert sum(shard.num_documents for shard, _, _ in finished) == len(lengths)
 
 
-def test_each_token_is_two_bytes_while_its_id_fits() -> None:
-    assert token_dtype(65_536) == np.uint16
-    assert token_dtype(65_537) == np.uint32
-
-
 @pytest.mark.parametrize("seq_len", [256, 1024, 4096])
 def test_tar_costs_less_than_five_percent(tmp_path: Path, seq_len: int) -> None:
     defaults = {"bytes_per_member": 256 << 10, "bytes_per_shard": 16 << 20}
@@ -85,52 +78,3 @@ def test_webdataset_and_tar_read_a_shard(tmp_path: Path) -> None:
     assert [entry.offset_data for entry in entries] == [
         entry.offset for member in members for entry in (member.starts, member.tokens)
     ]
-
-
-def test_a_flipped_bit_in_a_shard_is_found_and_named(tmp_path: Path) -> None:
-    dataset = make_dataset(str(tmp_path), 60, bytes_per_shard=1 << 16)
-    path = tmp_path / dataset.shards[0].key
-    damaged = bytearray(path.read_bytes())
-    damaged[dataset.index(0).members[2].tokens.offset + 5] ^= 4
-    path.write_bytes(damaged)
-    with pytest.raises(DataError, match=rf"{path}: checksum mismatch \(member 000002\)"):
-        list(dataset.sequences())
-
-
-def test_a_truncated_index_is_refused(tmp_path: Path) -> None:
-    dataset = make_dataset(str(tmp_path), 60)
-    path = tmp_path / dataset.shards[0].index_key
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=rf"{path}: the index \(\d+ bytes\) is truncated or altered"):
-        dataset.index(0)
-
-
-def test_a_truncated_manifest_is_refused(tmp_path: Path) -> None:
-    make_dataset(str(tmp_path), 60)
-    path = tmp_path / "manifest.json"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(DataError, match=rf"{path}: not a dataset manifest, or a truncated or altered one"):
-        TokenDataset(open_store(str(tmp_path)))
-
-
-def test_an_altered_manifest_is_refused(tmp_path: Path) -> None:
-    make_dataset(str(tmp_path), 60)
-    path = tmp_path / "manifest.json"
-    path.write_text(path.read_text().replace('"seq_len": 16', '"seq_len": 17'))
-    with pytest.raises(DataError, match=r"altered one .*checksum does not match"):
-        TokenDataset(open_store(str(tmp_path)))
-
-
-def test_an_altered_tokenizer_is_refused(tmp_path: Path) -> None:
-    dataset = make_dataset(str(tmp_path), 60)
-    path = tmp_path / "tokenizer.json"
-    path.write_bytes(path.read_bytes() + b" ")
-    with pytest.raises(DataError, match=rf"{path}: altered"):
-        dataset.tokenizer()
-
-
-def test_the_fingerprint_names_the_content(tmp_path: Path) -> None:
-    dataset = make_dataset(str(tmp_path / "a"), 60)
-    assert make_dataset(str(tmp_path / "b"), 60).fingerprint == dataset.fingerprint
-    assert make_dataset(str(tmp_path / "c"), 60, seed=1).fingerprint != dataset.fingerprint
-    assert make_dataset(str(tmp_path / "d"), 120, 8).fingerprint != dataset.fingerprint

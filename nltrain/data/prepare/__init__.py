@@ -1,8 +1,9 @@
-"""From raw text to shards: read files of any format, tokenise, pack, write a dataset."""
+"""From raw text to a dataset: read files, tokenise, pack, write shards and the manifest."""
 
+from nltrain.data.prepare.config import PrepareConfig
 from nltrain.data.prepare.corpus import Document, choose_documents, stdlib_corpus
 from nltrain.data.prepare.files import prepare_files
-from nltrain.data.prepare.writer import PrepareConfig, prepare, prepare_tokens
+from nltrain.data.prepare.writer import prepare, prepare_tokens
 
 __all__ = [
     "Document",

@@ -1,6 +1,6 @@
-"""The bytes of a file, decompressed as they are read: .gz, .zst, .bz2, .xz. A stream that ends early is an error.
+"""Reads compressed files: .gz, .zst, .bz2, .xz. A stream that ends early is an error.
 
-Memory stays bounded whatever a stream unpacks to; .zst streams may have windows of up to 2 GiB (`zstd --long=31`).
+Memory stays bounded whatever the uncompressed size; .zst streams may have windows of up to 2 GiB (`zstd --long=31`).
 """
 
 import bz2
@@ -17,14 +17,14 @@ from nltrain.data.errors import DataError
 from nltrain.data.prepare.inputs import InputFile, compression
 
 BUFFER_BYTES = 1 << 20
-# A block of 128 KiB can be written in 4 bytes: so many of them are unpacked at once, at most 64 MiB.
+# 4 bytes can decompress to a block of 128 KiB, so one read gives at most 64 MiB.
 ZSTD_FEED_BYTES = 2 << 10
 ZSTD_WINDOW_BYTES = 1 << 31
 
 
 @contextlib.contextmanager
 def opened(file: InputFile, path: Path) -> Iterator[BinaryIO]:
-    """The content of the file at `path`; `file` names it. Damage becomes a DataError with its URL."""
+    """The decompressed content of `file`, which lies at `path`. Raises DataError with its URL when it is damaged."""
     import zstandard
 
     kind = compression(file.key)
@@ -48,7 +48,7 @@ def opened(file: InputFile, path: Path) -> Iterator[BinaryIO]:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Frames one after the other; the library's own reader takes a truncated stream for its end."""
+    """All frames of a stream. Needed because the library's own reader accepts a truncated stream."""
 
     def __init__(self, source: BinaryIO) -> None:
         import zstandard
@@ -58,9 +58,11 @@ class _ZstdFile(io.RawIOBase):
         self._compressed, self._ready, self._position = b"", b"", 0
 
     def readable(self) -> bool:
+        """True, as io.RawIOBase asks."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """Fills the buffer from the front; returns the number of bytes, 0 at the end."""
         while self._position == len(self._ready):
             if not self._unpack():
                 return 0
@@ -70,7 +72,7 @@ class _ZstdFile(io.RawIOBase):
         return len(part)
 
     def _unpack(self) -> bool:
-        """The next piece; False at the end."""
+        """Decompresses the next bytes; False at the end."""
         data = self._compressed or self._source.read(ZSTD_FEED_BYTES)
         self._compressed, self._ready, self._position = b"", b"", 0
         if not data:

@@ -1,8 +1,8 @@
-"""Prepare a dataset from files: the same work, cut into tasks that any number of workers can take.
+"""Prepares a dataset from files, in tasks that any number of workers can share.
 
-Guarantees: the bytes written depend on the inputs and settings alone, not on the number of workers or on kills; each
-finished group leaves a receipt, so that a run started again does the rest; the manifest comes last. Limits: once the
-manifest is there, an input whose content changes at the same size is not noticed.
+Guarantees: the bytes written depend only on the inputs and settings, not on the number of workers or on kills. Each
+finished group leaves a receipt, so the same command, started again, does only the rest. The manifest is written last.
+Limits: once the manifest exists, a change of an input that keeps its size is not noticed.
 """
 
 import hashlib
@@ -14,12 +14,11 @@ from dataclasses import dataclass
 from nltrain.data.errors import DataError
 from nltrain.data.hashing import key64
 from nltrain.data.manifest import Manifest
-from nltrain.data.prepare.inputs import InputFile, PassedOver, cut_groups, list_inputs, most_good_records
+from nltrain.data.prepare.config import PrepareConfig
+from nltrain.data.prepare.inputs import InputFile, PassedOver, Progress, cut_groups, list_inputs, most_good_records
 from nltrain.data.prepare.sources import Dropped, read_documents
 from nltrain.data.prepare.writer import (
     GroupResult,
-    PrepareConfig,
-    Progress,
     finished_manifest,
     prepare_group,
     settings_that_matter,
@@ -43,20 +42,22 @@ TRAINING_FILES = 64
 
 @dataclass(frozen=True)
 class GroupTask:
-    """What one worker needs to do one group; plain data, so that it travels."""
+    """What a worker needs to prepare one group; plain data that can be sent to another process."""
 
     group: int
     files: tuple[InputFile, ...]
     output: str
     tokenizer_key: str
-    """Where in the output the tokenizer lies."""
+    """Key of the tokenizer in the output."""
     config: PrepareConfig
     work: str
+    """`work_key` of the group; a receipt with another one is not used."""
     max_bad: int | None = None
-    """Bad records that the whole input may have at most; None: not known before all of it is read."""
+    """Limit of bad records in the whole input; None: not known before all of it is read."""
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the group's files, as stored."""
         return sum(file.num_bytes for file in self.files)
 
 
@@ -64,13 +65,13 @@ Execute = Callable[[Callable[[GroupTask], GroupResult], Sequence[GroupTask]], It
 
 
 def in_turn(run: Callable[[GroupTask], GroupResult], tasks: Sequence[GroupTask]) -> Iterable[tuple[int, GroupResult]]:
-    """Does the tasks in this process, one after the other; yields (position, result)."""
+    """Runs the tasks in this process, one after the other; yields (position, result)."""
     for position, task in enumerate(tasks):
         yield position, run(task)
 
 
 def run_group(task: GroupTask) -> GroupResult:
-    """Does one group and leaves its receipt, or returns the receipt of an earlier run."""
+    """Prepares one group and stores its receipt; returns the result of an earlier run if that left one."""
     store = open_store(task.output)
     found = _receipt(store, task)
     if found is not None:
@@ -96,7 +97,8 @@ def prepare_files(
     """Prepares the dataset at `output` from files, folders or s3:// prefixes; returns its manifest.
 
     tokenizer: URL of a Hugging Face tokenizer.json; empty: one of vocab_size tokens is trained on a sample of
-    tokenizer_training_bytes. Raises DataError, StoreError or PlaceError in one line.
+    tokenizer_training_bytes. execute: runs the tasks. progress: takes each line of the log. Raises DataError,
+    StoreError or PlaceError in one line.
     """
     output = absolute_place("output", output)
     store = open_store(output)
@@ -111,7 +113,7 @@ def prepare_files(
     if finished is not None:
         progress(f"{shown(store.url)}: finished already")
         return finished
-    # Workers fetch it themselves: it may be megabytes, and there may be thousands of tasks.
+    # Workers read it from the store: a tokenizer of megabytes is too large to be part of thousands of tasks.
     tokenizer_key = f"{RECEIPTS}/tokenizer-{tokenizer_sha256(loaded)[:16]}.json"
     store.put(tokenizer_key, tokenizer_to_bytes(loaded))
     max_bad = _max_bad(files, config)
@@ -125,13 +127,13 @@ def prepare_files(
         for name in result.no_records:
             passed_over.add(name, "JSON without records")
     manifest = write_manifest(store, loaded, config, work, results, passed_over)
-    _report_losses(manifest, progress)
+    _report_unencoded(manifest, progress)
     _forget_receipts(store)
     return manifest
 
 
 def _execute_all(execute: Execute, tasks: Sequence[GroupTask], progress: Progress) -> list[GroupResult]:
-    """The results, in the order of the tasks; each is reported as it comes in."""
+    """The results, in the order of the tasks; logs each as it arrives."""
     results: dict[int, GroupResult] = {}
     total_bytes = sum(task.num_bytes for task in tasks)
     started_s, done_bytes, num_tokens, num_bad = time.monotonic(), 0, 0, 0
@@ -154,7 +156,10 @@ def _execute_all(execute: Execute, tasks: Sequence[GroupTask], progress: Progres
 
 
 def _max_bad(files: Sequence[InputFile], config: PrepareConfig) -> int | None:
-    """bad <= f * (bad + good) holds for at most f / (1 - f) * good; all good records that may come are counted."""
+    """Most bad records that can stay within max_bad_fraction f, if all other records that the files can hold are good.
+
+    bad <= f * (bad + good) gives bad <= f / (1 - f) * good. None: only reading can tell.
+    """
     good = most_good_records(files, config.text_field)
     if good is None or config.max_bad_fraction == 1:
         return None
@@ -162,7 +167,7 @@ def _max_bad(files: Sequence[InputFile], config: PrepareConfig) -> int | None:
 
 
 def _check_bad(results: Sequence[GroupResult], config: PrepareConfig) -> None:
-    """Raises DataError when the share of bad records of the whole input is over the limit."""
+    """Raises DataError when more than max_bad_fraction of all records are bad."""
     num_bad = sum(sum(result.dropped.values()) for result in results)
     num_records = sum(result.num_records for result in results)
     if num_bad > config.max_bad_fraction * num_records:
@@ -173,7 +178,7 @@ def _check_bad(results: Sequence[GroupResult], config: PrepareConfig) -> None:
         )
 
 
-def _report_losses(manifest: Manifest, progress: Progress) -> None:
+def _report_unencoded(manifest: Manifest, progress: Progress) -> None:
     lost, unknown = manifest.report["characters_without_token"], manifest.report["unknown_tokens"]
     if lost:
         some = ", ".join(f"{c!r} {count} times" for c, count in list(lost.items())[:5])
@@ -195,7 +200,7 @@ def _tokenizer(
     training_bytes: int,
     progress: Progress,
 ) -> Tokenizer:
-    """The named tokenizer, or one trained on the spot and kept, so that a run started again uses the same."""
+    """The named tokenizer, or one that is trained here and stored, so that the same command uses it again."""
     if tokenizer:
         return _load(tokenizer)
     matters = settings_that_matter(config)
@@ -215,7 +220,7 @@ def _tokenizer(
             f"texts, {sum(cuts)} characters left out; the dataset has all of them"
         )
     data = tokenizer_to_bytes(trained)
-    # Two runs at once agree on the one that came first.
+    # Of two runs at once both use the tokenizer that was stored first.
     return trained if store.put_if_absent(key, data) else tokenizer_from_bytes(store.get(key), key)
 
 
@@ -232,7 +237,7 @@ def _load(tokenizer: str) -> Tokenizer:
 def _training_texts(
     files: Sequence[InputFile], config: PrepareConfig, training_bytes: int, progress: Progress
 ) -> Iterable[str]:
-    """The beginnings of some files, drawn by a hash of their names."""
+    """Texts from the beginnings of some files, which a hash of their names chooses."""
     drawn = sorted(files, key=lambda file: (key64(config.seed, "tokenizer", file.name), file.name))
     share = training_bytes // min(len(drawn), TRAINING_FILES)
     num_bytes = 0
@@ -240,7 +245,7 @@ def _training_texts(
         if num_bytes >= training_bytes:
             return
         from_file, cut = 0, False
-        # Bad records are counted when the dataset is made.
+        # Bad records are not counted here, but when the dataset is made.
         for piece in read_documents([file], config.text_field, Dropped(), config.max_record_bytes):
             if from_file >= share:
                 cut = piece.continues
@@ -260,7 +265,7 @@ def _listing(files: Sequence[InputFile]) -> str:
 
 
 def _state(files: Sequence[InputFile]) -> str:
-    """What a receipt vouches for: a file written anew since is read again."""
+    """What a receipt depends on: a group is prepared again when one of its files was modified."""
     return json.dumps([[file.name, file.num_bytes, file.modified_s] for file in files])
 
 

@@ -1,8 +1,8 @@
-"""Which files are read: those of the inputs with a known name, each once; what is passed over is counted and listed.
+"""Which files are read: those of a known kind, each once; every other file is passed over, counted and listed.
 
-Guarantees: files are listed in the order of their names and cut into groups by names and sizes alone; links are
-followed once (a loop ends, a file reached twice is read once); a folder that cannot be listed stops the work. Limits:
-a local file system tells what a link leads to, S3 has no links.
+Guarantees: files are sorted by name and cut into groups by names and sizes alone; links are followed, but a file that
+is reached twice is read once, and a loop of links ends; a folder that cannot be listed raises DataError. Limits: only
+local files are recognised when they are reached twice; S3 has no links.
 """
 
 import functools
@@ -23,7 +23,8 @@ RECORD_KINDS = (*LINE_KINDS, ".parquet")
 EXAMPLES_KEPT = 20
 OWN = "the output or the tokenizer of this job"
 
-Report = Callable[[str], None]
+Progress = Callable[[str], None]
+"""Takes one line of the log."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class InputFile:
     """One file of documents."""
 
     name: str
-    """Stable, unique: the input's own name and the path below it."""
+    """The last part of the input's path and the path below it; stable and unique."""
     root: str
     """URL of the folder that `key` is relative to."""
     key: str
@@ -40,26 +41,26 @@ class InputFile:
 
     @functools.cached_property
     def url(self) -> str:
-        """For messages: one line, printable anywhere."""
+        """URL for messages: one printable line."""
         return shown(join_url(self.root, self.key))
 
 
 @dataclass
 class PassedOver:
-    """What lies in the inputs and is not read: how many for which reason, and the names of the first ones of each."""
+    """Files of the inputs that are not read: their number by reason, and the names of the first ones of each reason."""
 
     by_reason: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, name: str, reason: str) -> None:
-        """Counts one."""
+        """Counts one file."""
         self.by_reason[reason] += 1
         kept = self.examples.setdefault(reason, [])
         if len(kept) < EXAMPLES_KEPT:
             kept.append(shown(name))
 
     def lines(self) -> Iterator[str]:
-        """One for each reason."""
+        """One line for each reason."""
         for reason, count in sorted(self.by_reason.items()):
             yield f"passed over, {reason}: {count}, first: {', '.join(self.examples[reason][:3])}"
 
@@ -74,18 +75,18 @@ def file_kind(name: str) -> str | None:
 
 
 def compression(name: str) -> str:
-    """The suffix of a compressed file's name; empty for another's."""
+    """The suffix of a compressed file's name; empty for a file that is not compressed."""
     suffix = Path(name.lower()).suffix
     return suffix if suffix in COMPRESSIONS else ""
 
 
 def list_inputs(
     inputs: Sequence[str],
-    report: Report = print,
+    progress: Progress = print,
     passed_over: PassedOver | None = None,
     not_read: Sequence[str] = (),
 ) -> list[InputFile]:
-    """The readable files of these files, folders and s3:// prefixes, sorted by name; others are reported and counted.
+    """The files of a known kind in these files, folders and s3:// prefixes, sorted by name; logs what is passed over.
 
     not_read: URLs of the output and the tokenizer, which may lie inside an input. Raises DataError for an input that
     holds no file to read, one that is listed twice, and a folder that cannot be listed.
@@ -106,7 +107,7 @@ def list_inputs(
             else:
                 files.append(file)
     for line in passed_over.lines():
-        report(line)
+        progress(line)
     if not files:
         kinds = ", ".join((*TEXT_KINDS, *RECORD_KINDS))
         raise DataError(
@@ -134,7 +135,7 @@ def cut_groups(files: Sequence[InputFile], group_bytes: int) -> list[list[InputF
 
 
 def most_good_records(files: Sequence[InputFile], text_field: str) -> int | None:
-    """No fewer good records than these files can hold, by names and sizes; None where only reading can tell."""
+    """An upper bound of the good records in these files, by names and sizes; None where only reading can tell."""
     # The shortest record: {"field":"x"} and a newline.
     record_bytes = len(text_field.encode("utf-8", "surrogatepass")) + len('{"":"x"}\n')
     count = 0
@@ -150,7 +151,7 @@ def most_good_records(files: Sequence[InputFile], text_field: str) -> int | None
 
 
 class _Seen:
-    """Folders and files that are read already, or must not be: those of the job itself."""
+    """What was listed already, and what must not be read because it belongs to the job: its output and tokenizer."""
 
     def __init__(self, not_read: Sequence[str]) -> None:
         self.folders: set[tuple[int, int]] = set()
@@ -171,13 +172,16 @@ class _Seen:
 
     @staticmethod
     def identity(path: Path | str) -> tuple[int, int]:
+        """(device, inode) of what the path leads to. Raises OSError when there is nothing."""
         status = os.stat(path)
         return status.st_dev, status.st_ino
 
     def is_own_file(self, identity: tuple[int, int]) -> bool:
+        """Whether a local file is the job's own."""
         return identity in self._own_files
 
     def is_own_object(self, url: str) -> bool:
+        """Whether an S3 object is the job's own."""
         return any(url == own or url.startswith(f"{own}/") for own in self._own_s3)
 
 
@@ -226,11 +230,11 @@ def _list_one(url: str, seen: _Seen, passed_over: PassedOver) -> Iterator[InputF
 
 
 def _list_local(path: Path, seen: _Seen, passed_over: PassedOver) -> Iterator[InputFile]:
-    """A file, or the files below a folder: first all that really lie there, then what its links add to them."""
+    """A file, or the files below a folder: first those that lie there, then those that links lead to."""
     try:
         status = path.stat()
     except OSError:
-        return  # nothing there, which the caller says
+        return  # nothing there: the caller raises
     root, own_name = str(path.parent), path.name
     if not stat.S_ISDIR(status.st_mode):
         if not stat.S_ISREG(status.st_mode):
@@ -269,7 +273,7 @@ def _list_local(path: Path, seen: _Seen, passed_over: PassedOver) -> Iterator[In
 def _list_folder(
     path: Path, below: str, seen: _Seen, passed_over: PassedOver, pending: list[str], links: list[str]
 ) -> Iterator[InputFile]:
-    """The regular files of one folder; its sub-folders join `pending`, its links `links`."""
+    """The regular files of one folder; appends its sub-folders to `pending` and its links to `links`."""
     try:
         entries = sorted(os.scandir(path / below), key=lambda entry: entry.name)
     except OSError as error:

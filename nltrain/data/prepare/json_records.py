@@ -1,7 +1,7 @@
-"""JSON records out of a stream of bytes, with their lines: one a line, one after the other, or those of an array.
+"""JSON records of a stream of bytes, with their line numbers: one a line, over several lines, or in an array.
 
-A line is a record or it is bad, with a reason; nothing in it raises. In an array or across lines the end of a damaged
-record cannot be known: that is a DataError. Memory is bounded by the longest record that is allowed.
+In JSON lines a damaged line is one bad record with a reason and never an error. In an array or over several lines the
+end of a damaged record cannot be known, so it raises DataError. Memory is bounded by the longest record allowed.
 """
 
 import codecs
@@ -21,13 +21,13 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class Bad(NamedTuple):
-    """In place of a record: why there is none."""
+    """Stands in place of a record and says why there is none."""
 
     reason: str
 
 
 def shape(stream: BinaryIO, max_record_bytes: int) -> str:
-    """What a .json file holds: "lines" of one record each, an "array" of records, or "values", records over lines."""
+    """What a .json file holds: "lines" of one record each, one "array", or "values", each over several lines."""
     head = stream.peek(1).removeprefix(_BOM)  # type: ignore[attr-defined]
     if head.lstrip().startswith(b"["):
         return "array"
@@ -51,12 +51,12 @@ def lines(stream: BinaryIO, max_record_bytes: int) -> Iterator[tuple[int, Any]]:
 
 
 def values(stream: BinaryIO, url: str, max_record_bytes: int, in_array: bool) -> Iterator[tuple[int, Any]]:
-    """(line number, record) of the records of an array, or of records that go over several lines."""
+    """(line number, record) of an array's records, or of records over several lines. Raises DataError for damage."""
     return _values(stream, b"", url, max_record_bytes, in_array, may_fail=False)
 
 
 def _lines(stream: BinaryIO, max_record_bytes: int) -> Iterator[bytes]:
-    """The lines without their ends and a byte-order mark; of one that is too long a part that is too long as well."""
+    """The lines without line break and byte-order mark. A line that is too long is cut, but still too long."""
     first = True
     while line := stream.readline(max_record_bytes + 2):
         if not line.endswith(b"\n") and len(line) > max_record_bytes:
@@ -89,22 +89,22 @@ def _parse(line: bytes) -> Any:
 
 
 class _Text:
-    """The stream as text, read on from `position`; what lies before is let go when more is read."""
+    """A stream as text with a position; the text before the position is discarded when more is read."""
 
     def __init__(self, stream: BinaryIO, begun: bytes) -> None:
         self._stream, self._begun = stream, begun
-        # Broken UTF-8 is kept, as surrogates: it makes its own record bad, not the file.
+        # Bytes that are not UTF-8 become surrogates, so that only their own record is bad, not the file.
         self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._first = True
         self.text, self.position, self.line, self.ended = "", 0, 1, False
 
     @property
     def num_ahead(self) -> int:
-        """Characters that are read and not passed."""
+        """Characters that are read and lie after the position."""
         return len(self.text) - self.position
 
     def more(self) -> bool:
-        """Appends what comes next; False at the end."""
+        """Reads more of the stream; False at its end."""
         data = self._begun or self._stream.read(READ_BYTES)
         self._begun = b""
         self.ended = not data
@@ -114,7 +114,7 @@ class _Text:
         return not self.ended
 
     def skip_blanks(self) -> str:
-        """Passes them; returns the next character, empty at the end."""
+        """Passes white space; returns the next character, empty at the end."""
         while True:
             blanks = _BLANKS.match(self.text, self.position)
             self.pass_to(blanks.end() if blanks else self.position)
@@ -122,6 +122,7 @@ class _Text:
                 return self.text[self.position : self.position + 1]
 
     def pass_to(self, end: int) -> None:
+        """Moves the position, and the line number with it."""
         self.line += self.text.count("\n", self.position, end)
         self.position = end
 
@@ -160,11 +161,11 @@ def _values(
 
 
 def _next_value(source: _Text, max_record_bytes: int) -> tuple[Any] | str:
-    """The value at the position, which is passed; or why there is none."""
+    """(the value at the position,), moving the position behind it; or why there is none."""
     while True:
         try:
             value, end = _raw_decode(source.text, source.position)
-            # A number may go on in what is not read yet.
+            # A number at the end of the text may continue in what is not read yet.
             if end < len(source.text) or source.ended:
                 source.pass_to(end)
                 return (value,)
@@ -175,7 +176,7 @@ def _next_value(source: _Text, max_record_bytes: int) -> tuple[Any] | str:
                 return "not JSON, or cut off"
         if source.num_ahead > max_record_bytes:
             return "a record is not JSON, or longer than prepare.max_record_bytes"
-        for _ in range(1 + source.num_ahead // READ_BYTES):  # twice as much: each byte is parsed twice at most
+        for _ in range(1 + source.num_ahead // READ_BYTES):  # doubles the text: each byte is parsed at most twice
             if not source.more():
                 break
 

@@ -1,9 +1,9 @@
-"""The documents in input files: text, JSON lines, JSON arrays and parquet; whatever is in them.
+"""The documents in input files: text, JSON lines, JSON arrays and parquet.
 
-Guarantees: a record is good, or bad and counted with file and line; a file that cannot be read to its end stops the
-work with its URL. A long document comes in pieces, so that memory does not grow with it; a record that must be held
-whole is bad when it is longer than prepare.max_record_bytes. A text file is one document; a JSON record or a parquet
-row is one, named file:line.
+A text file is one document; so is a JSON record or a parquet row, which is named file:line. Guarantees: a record gives
+a document, or it is bad and counted with file and line; a file that cannot be read to its end raises DataError with its
+URL. A long document is cut into pieces, so memory does not grow with it. Limits: a JSON record or a parquet cell is
+held in memory whole, and is bad when it is longer than prepare.max_record_bytes.
 """
 
 import codecs
@@ -23,35 +23,35 @@ from nltrain.data.prepare.inputs import EXAMPLES_KEPT, TEXT_KINDS, InputFile, fi
 from nltrain.store import LocalStore, Store, open_store
 
 DOWNLOAD_PART_BYTES = 16 << 20
-# A longer document is tokenised in pieces of about this size, cut before a line break that follows a letter or digit:
-# there the usual tokenizers cut in any case.
+# A longer document is tokenised in pieces of about this size. It is cut before a line break that follows a letter or
+# digit, because the usual tokenizers begin a new token there.
 PIECE_CHARS = 1 << 20
-# Of a text file that is read at once; a longer one is read twice, first to see that it is UTF-8 throughout.
+# A longer text file is read twice: first to check that all of it is UTF-8.
 WHOLE_TEXT_BYTES = 4 << 20
 PARQUET_BATCH_BYTES = 8 << 20
 PARQUET_BATCH_ROWS = 256
 
 
 class Piece(NamedTuple):
-    """A document, or one of the pieces of a long one."""
+    """A document, or a piece of a long one."""
 
     name: str
-    """Of the document: stable and unique."""
+    """Name of the document: stable and unique."""
     text: str
     continues: bool
-    """Whether it belongs to the document of the piece before."""
+    """Whether it continues the document of the piece before."""
     where: str
     """For messages: file:line."""
 
 
 @dataclass
 class Dropped:
-    """Records that gave no document: how many for which reason, and where the first ones are."""
+    """Bad records: their number by reason, and where the first ones are."""
 
     max_bad: int | None = None
-    """More than this many bad ones are over the limit of the whole input; None: that is not known before its end."""
+    """Limit of bad records in the whole input; None: not known before all of it is read."""
     max_fraction: float = 1.0
-    """The limit, for messages."""
+    """prepare.max_bad_fraction, for messages."""
     num_records: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
     examples: list[str] = field(default_factory=list)
@@ -59,13 +59,13 @@ class Dropped:
     """Names of .json files that hold one object without a text: settings, not records."""
 
     def add(self, where: str, reason: str) -> None:
-        """Counts one."""
+        """Counts one bad record."""
         self.by_reason[reason] += 1
         if len(self.examples) < EXAMPLES_KEPT:
             self.examples.append(f"{where}: {reason}")
 
     def check(self) -> None:
-        """Raises DataError once the limit is out of reach."""
+        """Raises DataError as soon as the limit is exceeded, whatever the rest of the input holds."""
         num_bad = self.by_reason.total()
         if self.max_bad is not None and num_bad > self.max_bad:
             raise DataError(
@@ -77,7 +77,10 @@ class Dropped:
 def read_documents(
     files: Sequence[InputFile], text_field: str, dropped: Dropped, max_record_bytes: int
 ) -> Iterator[Piece]:
-    """The documents of these files, in order and in pieces; what cannot be one is added to `dropped`."""
+    """The documents of these files, in order and in pieces; adds bad records to `dropped`.
+
+    Raises DataError for a file that cannot be read, and when the limit of bad records is exceeded.
+    """
     stores: dict[str, Store] = {}
     for file in files:
         kind = file_kind(file.key)
@@ -93,7 +96,7 @@ def read_documents(
 
 
 def split_text(chunks: Iterable[str]) -> Iterator[str]:
-    """The text in pieces of at most PIECE_CHARS characters, the same ones however it is cut into chunks."""
+    """The text in pieces of at most PIECE_CHARS characters, which do not depend on how it is cut into chunks."""
     text = ""
     for chunk in chunks:
         text += chunk
@@ -114,14 +117,14 @@ def _cut(text: str) -> int:
 
 
 def pieces(name: str, where: str, chunks: Iterable[str]) -> Iterator[Piece]:
-    """The pieces of the document whose text these chunks make up."""
+    """The pieces of the document whose text consists of these chunks."""
     for number, text in enumerate(split_text(chunks)):
         yield Piece(name, text, number > 0, where)
 
 
 @contextlib.contextmanager
 def _local_path(store: Store, file: InputFile) -> Iterator[Path]:
-    """The file on a local disk; a remote one is brought by parts, so that its size does not matter."""
+    """The path of the file on a local disk; a remote file is copied there in parts, whatever its size."""
     if isinstance(store, LocalStore):
         yield store.folder / file.key
         return
@@ -165,7 +168,7 @@ def _read_text(file: InputFile, path: Path, dropped: Dropped) -> Iterator[Piece]
 
 
 def _not_utf8_line(file: InputFile, path: Path) -> int:
-    """The line of the first byte that is no UTF-8; 0: there is none."""
+    """The line of the first byte that is not UTF-8; 0: there is none."""
     decoder, line = codecs.getincrementaldecoder("utf-8")(), 1
     with opened(file, path) as stream:
         while True:
@@ -208,7 +211,7 @@ def _read_json(
 
 
 def _is_settings(beginning: list[tuple[int, Any]], text_field: str) -> bool:
-    """Whether one value without a text is all there is, as in package.json."""
+    """Whether the file holds a single value without a text, as package.json does."""
     record = beginning[0][1]
     return len(beginning) == 1 and not isinstance(record, json_records.Bad) and _text_of(record, text_field) is None
 
@@ -229,7 +232,7 @@ def _of_record(file: InputFile, number: int, record: Any, text_field: str, dropp
         dropped.add(where, f"no text in {text_field!r}")
     elif not text:
         dropped.add(where, "empty text")
-    elif not _is_utf8(text):  # half of a surrogate pair, as JSON can spell it
+    elif not _is_utf8(text):  # JSON can spell half of a surrogate pair
         dropped.add(where, "not UTF-8")
     else:
         if len(text) <= PIECE_CHARS:
@@ -293,14 +296,14 @@ def _check_column(file: InputFile, schema: Any, text_field: str) -> None:
 
 
 def _cells(column: Any, max_record_bytes: int) -> Iterator[Any]:
-    """The texts of a column; None and Bad for what is none."""
+    """The texts of a column; None for an empty cell, Bad for one that is no text."""
     for cell in column:
         try:
             text = cell.as_py()
         except UnicodeDecodeError:
             yield json_records.Bad("not UTF-8")
             continue
-        # A character takes 1 to 4 bytes: most texts need not be encoded to be measured.
+        # A character takes at most 4 bytes: most texts need not be encoded to know that they are short enough.
         if text is not None and 4 * len(text) > max_record_bytes and len(text.encode()) > max_record_bytes:
             yield json_records.Bad("longer than prepare.max_record_bytes")
         else:

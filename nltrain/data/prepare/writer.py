@@ -1,16 +1,15 @@
-"""From documents to a dataset: tokenise, pack, shard, index; the manifest last.
+"""From documents to a dataset: tokenise, pack, store shards and indexes; the manifest last.
 
-Guarantees: no token is lost or doubled (tokens in == tokens out, checked and reported); equal documents and settings
-give byte-equal shards however the work is spread, because a group of documents is packed on its own and groups are
-fixed beforehand; what a killed run finished is not done again. A document goes to the validation split by a hash of
-its name. Limits: one group is one worker's task.
+Guarantees: no token is lost or doubled (tokens in == tokens out, checked and reported). Equal documents and settings
+give equal bytes on any number of workers, because groups of documents are fixed beforehand and packed independently. A
+hash of its name decides the split of a document. Limits: one group is one worker's task.
 """
 
 import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,88 +19,49 @@ from tokenizers import Tokenizer
 from nltrain.data.errors import DataError
 from nltrain.data.hashing import unit_hash
 from nltrain.data.manifest import MANIFEST_KEY, TOKENIZER_KEY, Manifest, Split, read_manifest
+from nltrain.data.prepare.config import PrepareConfig
 from nltrain.data.prepare.corpus import Document
-from nltrain.data.prepare.inputs import EXAMPLES_KEPT, PassedOver
+from nltrain.data.prepare.inputs import EXAMPLES_KEPT, PassedOver, Progress
 from nltrain.data.prepare.sources import Dropped, Piece, pieces
 from nltrain.data.shards import FinishedShard, Shard, ShardPacker
-from nltrain.data.tokenizer import SEPARATOR, DocumentEncoder, Losses, token_dtype, tokenizer_sha256, tokenizer_to_bytes
+from nltrain.data.tokenizer import DocumentEncoder, Unencoded, token_dtype, tokenizer_sha256, tokenizer_to_bytes
 from nltrain.places import join_url
 from nltrain.store import Store
 
 TRAIN, VALIDATION = "train", "validation"
-# Long documents are encoded in parallel by the tokenizer's own threads; this bounds the text held at once.
+# Characters given to the tokenizer at once, which encodes their documents on threads of its own.
 ENCODE_BATCH_CHARS = 1 << 20
 LOST_CHARACTERS_KEPT = 50
-
-Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class PrepareConfig:
-    """How documents become shards. Each field changes the bytes written."""
-
-    seq_len: int = 1024
-    """Tokens per sequence that a model sees at once."""
-    validation_fraction: float = 0.01
-    """Share of documents held out, chosen by a hash of their names; 0: none."""
-    separator: str | None = SEPARATOR
-    """Token put before each document; None: documents are marked by their stored starts alone."""
-    bytes_per_member: int = 256 << 10
-    """Size of a tar member's tokens; the unit of range reads and of checksums."""
-    bytes_per_shard: int = 16 << 20
-    """A shard is closed when it reaches this size."""
-    seed: int = 0
-    """Enters the hashes that hold documents out and sample them."""
-    document_fraction: float = 1.0
-    """Share of documents kept, chosen by a hash of their names; for a smaller dataset of the same kind."""
-    text_field: str = "text"
-    """Field of a JSONL record or column of a parquet file that holds the text."""
-    group_bytes: int = 256 << 20
-    """Neighbouring input files are packed together up to this size; one group is one task."""
-    max_bad_fraction: float = 0.001
-    """Share of all records that may be unreadable or empty; with more of them no dataset is made."""
-    max_record_bytes: int = 64 << 20
-    """Longest JSON record or parquet cell, in bytes: it is held in memory whole. A longer one is a bad record."""
-
-    def __post_init__(self) -> None:
-        for name in ("seq_len", "bytes_per_member", "bytes_per_shard", "group_bytes", "max_record_bytes"):
-            if getattr(self, name) < 1:
-                raise DataError(f"prepare.{name}: {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.validation_fraction < 1:
-            raise DataError(f"prepare.validation_fraction: {self.validation_fraction}: must be in [0, 1)")
-        if not 0 < self.document_fraction <= 1:
-            raise DataError(f"prepare.document_fraction: {self.document_fraction}: must be in (0, 1]")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise DataError(f"prepare.max_bad_fraction: {self.max_bad_fraction}: must be in [0, 1]")
 
 
 @dataclass(frozen=True)
 class GroupResult:
-    """What one finished group added, and what it cost."""
+    """What preparing one group gave: its shards and counts. A receipt stores it."""
 
     shards: dict[str, list[Shard]]
     num_documents: int
     num_tokens: int
     num_left_out: int
-    """Documents that document_fraction leaves out."""
+    """Documents left out by document_fraction."""
     num_records: int
     dropped: dict[str, int]
     """Records that gave no tokens, by reason."""
     dropped_examples: list[str]
-    """Where the first of them are: file:line: reason."""
+    """The first of them, as file:line: reason."""
     no_records: list[str] = field(default_factory=list)
     """Names of JSON files without records."""
     lost_characters: dict[str, int] = field(default_factory=dict)
-    """Characters of kept documents for which the tokenizer has no token."""
+    """How often each character without a token was left out of kept documents."""
     num_unknown: int = 0
     """Unknown tokens among `num_tokens`."""
 
     def to_bytes(self, work: str) -> bytes:
+        """The receipt: JSON of the result and of the `work_key` that it belongs to."""
         return json.dumps({"work": work, **asdict(self)}, sort_keys=True).encode()
 
     @classmethod
     def parse(cls, data: bytes, work: str) -> "GroupResult | None":
-        """None when it is the result of other work."""
+        """The result that a receipt stores; None when the receipt belongs to other work."""
         content = json.loads(data)
         if content.pop("work", None) != work:
             return None
@@ -116,9 +76,10 @@ def prepare(
     config: PrepareConfig,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Makes a dataset of documents (name, text) held in memory, as one group. Finished already: returns its manifest.
+    """Makes a dataset of documents (name, text) held in memory, as one group; returns its manifest.
 
-    Raises DataError when another dataset lies at the store's prefix, or a name occurs twice.
+    Returns the existing manifest when the same dataset is there already. Raises DataError when another dataset is
+    there, or a name occurs twice.
     """
     corpus = [Document(*document) for document in documents]
     repeated = [name for name, count in Counter(name for name, _ in corpus).items() if count > 1]
@@ -142,22 +103,22 @@ def prepare(
 
 
 def settings_that_matter(config: PrepareConfig) -> dict[str, Any]:
-    """The settings that decide what is written."""
+    """The settings on which the bytes written depend."""
     settings = asdict(config)
-    del settings["max_bad_fraction"]  # raising it must not undo what is done
+    del settings["max_bad_fraction"]  # a higher limit must keep what is done
     if settings["max_record_bytes"] == PrepareConfig.max_record_bytes:
-        del settings["max_record_bytes"]  # younger than some datasets
+        del settings["max_record_bytes"]  # so that datasets made before this setting keep their identity
     return settings
 
 
 def work_key(config: PrepareConfig, tokenizer: Tokenizer, inputs: str) -> str:
-    """Identity of a piece of work: settings, tokenizer and what goes in."""
+    """SHA-256 over settings, tokenizer and inputs: equal keys mean equal output."""
     identity = json.dumps([settings_that_matter(config), tokenizer_sha256(tokenizer), inputs], sort_keys=True)
     return hashlib.sha256(identity.encode()).hexdigest()
 
 
 def finished_manifest(store: Store, work: str) -> Manifest | None:
-    """The manifest when this very work is done, None when nothing is there; another dataset is an error."""
+    """The manifest if this work is finished, None if nothing is there. Raises DataError for another dataset."""
     if not store.exists(MANIFEST_KEY):
         return None
     manifest = read_manifest(store)
@@ -195,7 +156,10 @@ def prepare_group(
     dropped: Dropped,
     progress: Progress | None = None,
 ) -> GroupResult:
-    """Packs and stores one group of documents, none of them empty. `dropped` is counted by whoever reads them."""
+    """Packs and stores one group of documents, none of them empty.
+
+    Adds records that cannot be encoded to `dropped`, to which the reader of `documents` adds the other bad ones.
+    """
     encoder = DocumentEncoder(tokenizer, config.separator)
     packer = GroupPacker(group, store, encoder.vocab_size, config, progress)
     for batch in _batches(documents, packer):
@@ -207,7 +171,7 @@ def prepare_group(
                 dropped.check()
             else:
                 packer.add(piece.name, tokens, piece.continues)
-    return packer.finish(dropped, encoder.losses)
+    return packer.finish(dropped, encoder.unencoded)
 
 
 class GroupPacker:
@@ -227,27 +191,27 @@ class GroupPacker:
         self._started_s = time.monotonic()
 
     def keeps(self, name: str) -> bool:
-        """Whether the document is part of the sample that was asked for; counted when it is not."""
+        """Whether document_fraction keeps the document; counts it when not."""
         if unit_hash(self.config.seed, "keep", name) < self.config.document_fraction:
             return True
         self._num_left_out += 1
         return False
 
     def add(self, name: str, tokens: np.ndarray, continues: bool = False) -> None:
-        """Appends one document, or a further piece of the one before. Raises DataError for an unknown id."""
+        """Appends a document, or the next piece of the last one. Raises DataError for an id outside the vocabulary."""
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
             raise DataError(f"document {name!r}: an id is outside [0, {self.vocab_size}): use its own tokenizer")
         held_out = unit_hash(self.config.seed, "hold out", name) < self.config.validation_fraction
         split = VALIDATION if held_out else TRAIN
-        # A piece whose predecessors could not be encoded begins its document.
+        # The first piece that could be encoded begins the document.
         starts = not continues or name != self._name
         self._name = name
         self._num_documents += starts
         self._num_tokens += len(tokens)
         self._store(split, self._packers[split].add(tokens, starts))
 
-    def finish(self, dropped: Dropped, losses: Losses | None = None) -> GroupResult:
-        """Stores the last shards and checks the sums."""
+    def finish(self, dropped: Dropped, unencoded: Unencoded | None = None) -> GroupResult:
+        """Stores the last shards, checks that no token was lost, and returns the result."""
         for split, packer in self._packers.items():
             self._store(split, packer.finish())
         packed = sum(shard.num_tokens for shards in self._shards.values() for shard in shards)
@@ -262,8 +226,8 @@ class GroupPacker:
             dict(sorted(dropped.by_reason.items())),
             dropped.examples,
             dropped.no_records,
-            dict(losses.characters.most_common(LOST_CHARACTERS_KEPT)) if losses else {},
-            losses.num_unknown if losses else 0,
+            dict(unencoded.characters.most_common(LOST_CHARACTERS_KEPT)) if unencoded else {},
+            unencoded.num_unknown if unencoded else 0,
         )
 
     def _store(self, split: str, finished: list[FinishedShard]) -> None:
@@ -285,7 +249,7 @@ def write_manifest(
     results: list[GroupResult],
     passed_over: PassedOver | None = None,
 ) -> Manifest:
-    """Sums the groups up, in order, and commits the dataset."""
+    """Sums up the groups, in order, and writes the manifest. Raises DataError when the dataset would hold no token."""
     encoder = DocumentEncoder(tokenizer, config.separator)
     splits = {
         split: Split(tuple(shard for result in results for shard in result.shards[split]))

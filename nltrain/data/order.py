@@ -1,8 +1,8 @@
-"""The plan: which sample comes when. A pure function of (seed, datasets, weights), blind to ranks and restarts.
+"""The order of samples: a pure function of (seed, datasets, weights) that does not depend on ranks or restarts.
 
-Sample i of a run is drawn from one of the datasets, in the proportion of their weights; each dataset counts its own
-cursor and epochs. Position is the number of samples consumed, so restoring is a seek. Guarantee: over any n * epoch
-samples of a dataset's cursor each of its sequences occurs exactly n times.
+Sample i of a run is a sequence of one of the datasets. The datasets take turns in proportion to their weights; each has
+its own cursor and epochs. The position is the number of samples consumed, so restoring is a seek. Guarantee: n whole
+epochs of a dataset hold each of its sequences exactly n times.
 """
 
 from collections import OrderedDict
@@ -18,13 +18,13 @@ from nltrain.data.hashing import key64, mix64
 from nltrain.data.permutation import EpochOrder
 from nltrain.store import open_store
 
-# Datasets are mixed in blocks of this many samples, with exact quotas; weights are rounded to its parts.
+# Datasets are mixed in blocks of this many samples with exact quotas, so weights are rounded to 1 / BLOCK_SAMPLES.
 BLOCK_SAMPLES = 4096
 BLOCKS_HELD = 4
 
 
 class SampleAddress(NamedTuple):
-    """Where one sample lies."""
+    """Where the sequence of one sample lies."""
 
     dataset: int
     epoch: int  # of that dataset
@@ -41,8 +41,8 @@ class SampleAddresses(NamedTuple):
     offset: np.ndarray
 
 
-class SamplePlan:
-    """sample index -> SampleAddress."""
+class SampleOrder:
+    """Sample index -> SampleAddress. Sample indices count from the beginning of the run, over all ranks and epochs."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class SamplePlan:
         return SampleAddresses(numbers, epochs, shards, offsets)
 
     def cursors(self, num_samples: int) -> list[int]:
-        """Samples of each dataset among the first `num_samples` of the run."""
+        """How many of the first `num_samples` samples of the run each dataset gives."""
         block, rest = divmod(num_samples, BLOCK_SAMPLES)
         if len(self.datasets) == 1:
             return [num_samples]
@@ -90,7 +90,7 @@ class SamplePlan:
         ]
 
     def windows_from(self, sample_index: int, num_windows: int = 2) -> list[tuple[int, int]]:
-        """(dataset, shard) of all that is read from here on, this window's first, then the next one's."""
+        """(dataset, shard) of the shards of the current window of each dataset, then of the windows after it."""
         per_dataset = [
             order.shards_from(cursor, num_windows)
             for order, cursor in zip(self._orders, self.cursors(sample_index), strict=True)
@@ -104,7 +104,7 @@ class SamplePlan:
         return list(dict.fromkeys(wanted))
 
     def state(self, num_samples: int) -> dict[str, Any]:
-        """JSON-able position after `num_samples` samples consumed by finished steps."""
+        """The position after `num_samples` samples consumed by finished steps, with what must not change; JSON-able."""
         return {
             "seed": self.seed,
             "samples": num_samples,
@@ -123,9 +123,10 @@ class SamplePlan:
         }
 
     def restore(self, state: dict[str, Any], allow_other_data: bool = False) -> int:
-        """The number of samples consumed at `state`; refuses a state of another order unless told otherwise.
+        """The number of samples consumed at `state`.
 
-        Where the datasets lie does not matter, what they hold does.
+        Raises DataError for the state of another order, unless allow_other_data. Datasets may have moved to another
+        URL, but must hold the same sequences.
         """
         if not allow_other_data:
             here = self.state(state["samples"])
@@ -157,31 +158,31 @@ class SamplePlan:
         blocks, slots = np.divmod(indices, BLOCK_SAMPLES)
         for block in np.unique(blocks):
             chosen = blocks == block
-            labels, ranks = self._block(int(block))
+            labels, earlier = self._block(int(block))
             numbers[chosen] = labels[slots[chosen]]
-            cursors[chosen] = block * self._quotas[numbers[chosen]] + ranks[slots[chosen]]
+            cursors[chosen] = block * self._quotas[numbers[chosen]] + earlier[slots[chosen]]
         return numbers, cursors
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
-        """For each slot of a block: its dataset, and how many slots before it have the same one."""
+        """For each slot of a block: its dataset, and how many earlier slots of the block have the same one."""
         found = self._blocks.get(block)
         if found is None:
-            order = np.argsort(mix64(np.arange(BLOCK_SAMPLES), key64(self.seed, "mix", block)), kind="stable")
-            labels = np.repeat(np.arange(len(self._quotas)), self._quotas)[order]
-            ranks = np.empty(BLOCK_SAMPLES, np.int64)
+            shuffled = np.argsort(mix64(np.arange(BLOCK_SAMPLES), key64(self.seed, "mix", block)), kind="stable")
+            labels = np.repeat(np.arange(len(self._quotas)), self._quotas)[shuffled]
+            earlier = np.empty(BLOCK_SAMPLES, np.int64)
             for number, quota in enumerate(self._quotas):
-                ranks[labels == number] = np.arange(quota)
-            found = (labels, ranks)
+                earlier[labels == number] = np.arange(quota)
+            found = (labels, earlier)
             self._blocks[block] = found
             if len(self._blocks) > BLOCKS_HELD:
                 self._blocks.popitem(last=False)
         return found
 
 
-def open_plan(config: DataConfig) -> SamplePlan:
-    """Opens the datasets that `config` names and plans over them.
+def open_order(config: DataConfig) -> SampleOrder:
+    """Opens the datasets that `config` names; returns the order of their samples.
 
-    Raises DataError or StoreError in one line: nothing there, other seq_len, mixed vocabularies, no credentials, ...
+    Raises DataError or StoreError in one line: no dataset there, another seq_len, mixed tokenizers, no credentials, ...
     """
     datasets = []
     for prefix in config.prefixes:
@@ -193,7 +194,7 @@ def open_plan(config: DataConfig) -> SamplePlan:
                 "set it to that, or prepare again with the wanted length"
             )
         datasets.append(dataset)
-    return SamplePlan(config.seed, datasets, config.weights, config.window_shards)
+    return SampleOrder(config.seed, datasets, config.weights, config.window_shards)
 
 
 def _check_compatible(datasets: Sequence[TokenDataset]) -> None:
@@ -217,7 +218,7 @@ def _normalised(weights: Sequence[float]) -> list[float]:
 
 
 def _quotas(weights: list[float], urls: list[str]) -> np.ndarray:
-    """Samples of each dataset in a block: largest remainders, so the quotas sum to the block."""
+    """Samples of each dataset in a block; largest remainders round up, so that the quotas sum to the block."""
     exact = np.array(weights) * BLOCK_SAMPLES
     quotas = np.floor(exact).astype(np.int64)
     remainders = np.argsort(-(exact - quotas), kind="stable")
