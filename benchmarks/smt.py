@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks._memory_cases import Case, errors, evaluate, leaves, make_case, relative, with_leaves
 from kernels import MemoryRule, chunk, naive
 from kernels.cost import forward_flops_per_token, inverse_flops, published_flops_per_token, saved_bytes_per_block
 from nltrain.model import build, preset
-from tests.kernels.helpers import Case, errors, evaluate, leaves, make_case, relative, with_leaves
 
 HEAD_DIM, HIDDEN, NUM_TOKENS = 32, 64, 256
 BOUNDS: dict[str, Callable[[float], bool]] = {

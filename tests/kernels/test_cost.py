@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks._memory_cases import leaves, make_case, with_leaves
 from kernels import MemoryRule, chunk
 from kernels.cost import forward_flops_per_token
-from tests.kernels.helpers import leaves, make_case, with_leaves
 
 
 def _solve_flops(a: tuple[int, ...], b: tuple[int, ...], *_: object, **__: object) -> int:

@@ -10,9 +10,9 @@ from itertools import combinations
 import pytest
 import torch
 
+from benchmarks._memory_cases import DEVICE, errors, evaluate, leaves, make_case, relative, with_leaves
 from kernels import MemoryRule, chunk, naive
 from kernels.layout import build_layout
-from tests.kernels.helpers import DEVICE, errors, evaluate, leaves, make_case, relative, with_leaves
 
 FORWARD, BACKWARD = 1e-12, 1e-10
 

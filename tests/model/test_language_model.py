@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks._memory_cases import DEVICE
 from nltrain.model import LanguageModel, ModelConfig, build
-from tests.kernels.helpers import DEVICE
 from tests.model.configs import ALL_CONFIGS, small
 
 NUM_TOKENS = 40
