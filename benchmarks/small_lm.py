@@ -35,6 +35,7 @@ from torch.nn import functional as F
 
 from benchmarks._runs import Run, count_parameters, run_all, settings_of, train
 from nltrain.model import ModelConfig, build, preset
+from nltrain.model.config import ATTENTION_FAMILIES
 
 VOCAB, SEQ_LEN, BATCH = 256, 1024, 2
 FIRST, LAST = slice(0, 256), slice(SEQ_LEN // 2, None)  # positions
@@ -151,11 +152,8 @@ def one_run(
 ) -> dict:  # fmt: skip
     """Trains one model and evaluates it."""
     torch.manual_seed(seed)
-    model = build(config)
-    if compiled:
-        for block in model.blocks:
-            if hasattr(block.mixer, "compile_backend"):
-                block.mixer.compile_backend = "inductor"
+    has_steps = config.family not in ATTENTION_FAMILIES
+    model = build(replace(config, compile="steps") if compiled and has_steps else config)
     began_s = time.process_time()
     train_loss = train(model, windows(data[0], SEQ_LEN, BATCH, seed), num_steps, lr)
     trained_s = time.process_time() - began_s
