@@ -61,9 +61,11 @@ class Clock:
         self.device, self.ends = device, time.monotonic() + budget_s
 
     def left_s(self) -> float:
+        """Seconds until the budget ends."""
         return self.ends - time.monotonic()
 
     def time_s(self, function: Any) -> float:
+        """Wall seconds of one call, the device synchronised before and after."""
         self.synchronize()
         began = time.monotonic()
         function()
@@ -71,6 +73,7 @@ class Clock:
         return time.monotonic() - began
 
     def synchronize(self) -> None:
+        """Waits until the device has done all that was launched."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -215,6 +218,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Tests, then the table. Returns 2 without a device, 1 when a test fails or nothing was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="one narrow layer, T / 16, few tests")

@@ -66,11 +66,14 @@ def bytes_of_plan(periods: tuple[int, ...], ranks: Ranks) -> dict[str, float]:
 
 
 class Block(nn.Module):
+    """x plus a two-layer perceptron."""
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., WIDTH] to the same shape."""
         return x + self.down(F.gelu(self.up(x)))
 
 
@@ -84,6 +87,7 @@ class Tower(nn.Module):
         self.cms = nn.ModuleDict({name: nn.Sequential(Block(), Block()) for name in NAMES[1:]})
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy, summed over the targets."""
         x = self.embed(tokens)
         for level in self.cms.values():
             x = level(x)
@@ -148,6 +152,7 @@ def overhead(stage: int, num_pairs: int, ranks: Ranks) -> dict[str, float]:
 
 
 def cases_of(quick: bool) -> dict[int, dict[str, Callable[[Ranks], Any]]]:
+    """The cases by world size and name; `quick` leaves out those of Hope, of bf16 and most cuts."""
     cuts = [(1, 13), (2, 5), (3, 2), (4, 1)] if quick else _level_cases.CUTS
     made: dict[int, dict[str, Callable[[Ranks], Any]]] = {1: {}, 2: {}, 3: {}, 4: {}}
     for stages in STAGES:
@@ -177,6 +182,7 @@ def cases_of(quick: bool) -> dict[int, dict[str, Callable[[Ranks], Any]]]:
 
 
 def run(quick: bool) -> dict[str, Any]:
+    """Runs all cases and returns the figures that BOUNDS judges, and some more. Raises CaseFailed."""
     results: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for world_size, cases in cases_of(quick).items():
@@ -222,6 +228,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Runs the benchmark and prints what it found. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="fewer cases and pairs, under two minutes")

@@ -71,6 +71,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Name of its file."""
         kind = "-bf16" if self.bfloat16 else ""
         first = list(TEXTS).index(self.texts[0])
         return f"grid-c{self.rule.chunk_mem}-d{self.head_dim}-t{self.num_tokens}{kind}-{first}"
@@ -310,6 +311,7 @@ def all_runs(args: argparse.Namespace, rule: MemoryRule) -> list[Run]:
 
 
 def main() -> int:
+    """Runs the benchmark and prints what it found. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="the grid at 512 tokens, two training steps, nothing kept")
