@@ -61,7 +61,7 @@ def variants() -> dict[str, Variant]:
     hope = replace(preset("hope", "tiny"), **size, cms_hidden=None)
     rule = hope.rule
     rival = replace(preset("transformer", "tiny"), **size, conv_width=4)
-    # Without an erasure on W1 the stale gradients add up: these bear a smaller step only.
+    # Without an erasure on W1 the stale gradients add up: these variants stay finite at a smaller step only.
     slow = 1 / 64
     ablations = {
         "without CMS": replace(hope, levels=("ffn",)),

@@ -2,10 +2,10 @@
 
     python -m benchmarks.smt [--json] [--quick]
 
-FLOPs are counted from a real run (the counter is taught the triangular solve) and divided by kernels/cost.py's
-formula; ops are all dispatcher calls of a forward pass, views included. Times are CPU seconds of this process, the
-best of several, so that a busy machine shifts them less. --json prints one JSON object as the last line; the exit
-code is 1 when a bound is missed.
+FLOPs are counted in a real run and divided by the formula of kernels/cost.py; torch's counter does not know the
+triangular solve and gets a formula for it. Ops are all dispatcher calls of a forward pass, views included. Times are
+CPU seconds of this process, the best of several, because other work on the machine changes them less than wall time.
+--json prints one JSON object as the last line; the exit code is 1 when a bound is missed.
 """
 
 import argparse
