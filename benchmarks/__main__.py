@@ -9,6 +9,7 @@ GPU_ONLY = ("gpu_model",)
 
 
 def main() -> int:
+    """Runs each benchmark in a process of its own. Returns 1 when one falls short."""
     folder = Path(__file__).parent
     names = [module.name for module in pkgutil.iter_modules([str(folder)]) if not module.name.startswith("_")]
     short = []

@@ -60,10 +60,12 @@ class Told(Unsupervised):
         self._wish = Wish.STOP
 
     def wish(self) -> Wish:
+        """STOP once this process has received SIGTERM."""
         return self._wish
 
 
 def rank_main(rank: int, size: int, meeting: str, values: dict[str, Any]) -> None:
+    """One rank: joins the process group and trains the run to its end."""
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank))
     import torch.distributed as dist
 
@@ -98,6 +100,7 @@ class Group:
             ]  # fmt: skip
 
     def alive(self) -> bool:
+        """Whether no rank has ended."""
         return all(process.poll() is None for process in self.ranks)
 
     def kill(self, order: Sequence[int], pause_s: float) -> None:
@@ -120,6 +123,7 @@ class Group:
 
 
 def config_of(url: str, folder: Path, name: str, num_quanta: int, *overrides: str) -> RunConfig:
+    """The small run over the corpus at `url`, with its metrics and caches in `folder`."""
     return override(
         hope_tiny,
         [
@@ -130,6 +134,7 @@ def config_of(url: str, folder: Path, name: str, num_quanta: int, *overrides: st
 
 
 def make_corpus(url: str) -> None:
+    """Prepares 250 kB of the standard library as a dataset at `url`/corpus."""
     documents = [document for document in stdlib_corpus(max_bytes=250_000) if document.text.strip()]
     tokenizer = train_tokenizer([document.text for document in documents], vocab_size=512)
     prepare(documents, open_store(f"{url}/corpus"), tokenizer, PrepareConfig(seq_len=SEQ_LEN, validation_fraction=0.1))
@@ -151,6 +156,7 @@ def unfinished(store: Store, run: str) -> set[str]:
 
 
 def wait_for(group: Group, condition: Any, what: str) -> None:
+    """Waits until `condition()` holds. Raises RuntimeError if the run ends or START_LIMIT_S pass before."""
     limit_s = time.monotonic() + START_LIMIT_S
     while not condition():
         if not group.alive() or time.monotonic() > limit_s:
@@ -224,6 +230,7 @@ def losses_of(config: RunConfig) -> dict[int, float]:
 
 
 def newest(config: RunConfig) -> StoredCheckpoint:
+    """The last complete checkpoint of the run."""
     store = open_store(config.checkpoint.url)
     name = [info.name for info in list_checkpoints(store, config.name) if info.complete][-1]
     return StoredCheckpoint(store, config.name, name)

@@ -1,7 +1,7 @@
 """Long comparisons as many small runs: each variant and seed is one JSON file, made once and then only read.
 
 A run's file is named after its variant and seed and holds its settings; a file made with other settings is refused,
-not overwritten. What is interrupted loses the runs under way and keeps the finished ones.
+not overwritten. An interrupted comparison keeps its finished runs and loses those under way.
 """
 
 import json
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nltrain.model import LanguageModel, ModelConfig
+from nltrain.model.config import IMPLEMENTATION_FIELDS
 
 
 class BenchmarkError(Exception):
@@ -72,8 +73,25 @@ def run_all(folder: Path, runs: Sequence[Run], num_jobs: int = 1) -> list[dict[s
 
 
 def settings_of(config: ModelConfig) -> dict[str, Any]:
-    """The config with what its rule derives: a result made under another default is refused, not read."""
-    return config.to_dict() | {"eta_limit": config.rule.eta_limit}
+    """What a result depends on: the config, and what its rule derives, so that another default is noticed.
+
+    Left out is what only decides which code computes the numbers: results agree within rounding.
+    """
+    values = {name: value for name, value in config.to_dict().items() if name not in IMPLEMENTATION_FIELDS}
+    return values | {"eta_limit": config.rule.eta_limit}
+
+
+def _as_now(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a kept result; fields that are newer than it take the value they had in effect."""
+    model = settings.get("model")
+    if not isinstance(model, dict):
+        return settings
+    limit = {"eta_limit": model["eta_limit"]} if "eta_limit" in model else {}
+    try:
+        config = ModelConfig.from_saved({name: value for name, value in model.items() if name != "eta_limit"})
+    except ValueError:  # fields that this release does not know: other settings
+        return settings
+    return settings | {"model": settings_of(config) | limit}
 
 
 def _path(folder: Path, run: Run) -> Path:
@@ -83,7 +101,8 @@ def _path(folder: Path, run: Run) -> Path:
 def _read(folder: Path, run: Run) -> dict[str, Any]:
     path = _path(folder, run)
     found = json.loads(path.read_text())
-    if found["settings"] != json.loads(json.dumps(run.settings)):
+    wanted = json.loads(json.dumps(run.settings))
+    if found["settings"] != wanted and json.loads(json.dumps(_as_now(found["settings"]))) != wanted:
         raise BenchmarkError(f"{path} was made with other settings: move it away or choose another --out folder")
     return found["result"]
 

@@ -78,6 +78,7 @@ class PeakMemory:
 
     @property
     def growth_bytes(self) -> int:
+        """Largest resident memory since the start, less that of the start."""
         return self.peak_bytes - self.start_bytes
 
     def _watch(self) -> None:
@@ -216,6 +217,7 @@ def try_corruptions(url: str) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Runs the benchmark and prints what it found. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="three kills, one other world size, a smaller state")

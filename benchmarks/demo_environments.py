@@ -83,6 +83,7 @@ def cases(folder: Path, trap: Trap) -> dict[str, Callable[[], Case]]:
 
 
 def run(name: str, case: Case, folder: Path, trap: Trap, overrides: list[str]) -> dict[str, Any]:
+    """The quick demo in one environment: exit code, time, last line, and requests that reached the trap."""
     environment, prefix, arguments = case
     seen, started_s = len(trap.requests), time.monotonic()
     output = folder / "runs" / name.replace(" ", "-").replace(",", "")
@@ -100,6 +101,7 @@ def run(name: str, case: Case, folder: Path, trap: Trap, overrides: list[str]) -
 
 
 def main() -> int:
+    """Runs the benchmark and prints what it found. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object per case")
     parser.add_argument("--quick", action="store_true", help="the two cases that combine all")

@@ -46,9 +46,11 @@ class Told(Unsupervised):
         self._wish, self._tokens, self.told_s = wish, 0, 0.0
 
     def beat(self, phase: str, tokens: int) -> None:
+        """Notes the position, as the run reports it."""
         self._tokens = tokens
 
     def wish(self) -> Wish:
+        """GO_ON for the first AFTER quanta, then the wish; notes when it first gave that wish."""
         if self._tokens < AFTER * QUANTUM:
             return Wish.GO_ON
         self.told_s = self.told_s or time.monotonic()
@@ -56,6 +58,7 @@ class Told(Unsupervised):
 
 
 def config_of(folder: Path, name: str, fold_quanta: int, width: int) -> RunConfig:
+    """A two-layer Hope whose slow levels have open windows when it is told to leave."""
     total, long = 1000 * QUANTUM, 512 * QUANTUM
     saves = QUANTUM if fold_quanta == 1 else long
     values = {
@@ -92,6 +95,7 @@ def config_of(folder: Path, name: str, fold_quanta: int, width: int) -> RunConfi
 
 
 def rank_main(rank: int, folder: Path, width: int) -> None:
+    """One rank: trains each run of RUNS until it leaves; rank 0 writes seconds and bytes to found.json."""
     from nltrain.loop import train
 
     torch.set_num_threads(1)
@@ -110,6 +114,7 @@ def rank_main(rank: int, folder: Path, width: int) -> None:
 
 
 def main() -> int:
+    """Runs the benchmark and prints what it found. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--quick", action="store_true", help="a state of 40 MB instead of 1 GB")

@@ -61,9 +61,11 @@ class Clock:
         self.device, self.ends = device, time.monotonic() + budget_s
 
     def left_s(self) -> float:
+        """Seconds until the budget ends."""
         return self.ends - time.monotonic()
 
     def time_s(self, function: Any) -> float:
+        """Wall seconds of one call, the device synchronised before and after."""
         self.synchronize()
         began = time.monotonic()
         function()
@@ -71,6 +73,7 @@ class Clock:
         return time.monotonic() - began
 
     def synchronize(self) -> None:
+        """Waits until the device has done all that was launched."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -114,21 +117,15 @@ def choose_loss(device: torch.device) -> tuple[str, Any]:
 
 
 def prepare(config: ModelConfig, mode: str, device: torch.device) -> LanguageModel:
-    """A bf16 model on the device, compiled per block and per step of the chunk loop."""
+    """A bf16 model on the device; mode "compiled": with ModelConfig.compile = "blocks"."""
     torch.manual_seed(0)
-    with torch.device(device):
-        model = build(config).to(torch.bfloat16)
-    # Without a GPU the compiler's back end proves nothing and takes minutes.
-    backend = "inductor" if device.type == "cuda" else "aot_eager"
     if mode == "compiled":
         torch.compiler.reset()
-        for block in model.blocks:
-            if config.family == "transformer":
-                block.compile(dynamic=False, backend=backend)
-            else:
-                block.mixer.compile_backend = backend  # type: ignore[union-attr]
-                block.cms.compile(dynamic=False, backend=backend)  # type: ignore[operator, union-attr]
-    return model
+        # Without a GPU, inductor shows nothing and takes minutes.
+        backend = "inductor" if device.type == "cuda" else "aot_eager"
+        config = replace(config, compile="blocks", compile_backend=backend)
+    with torch.device(device):
+        return build(config).to(torch.bfloat16)
 
 
 def measure(row: Row, config: ModelConfig, tokens_per_step: int, clock: Clock, gemm: float, loss: Any) -> None:
@@ -221,6 +218,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Tests, then the table. Returns 2 without a device, 1 when a test fails or nothing was measured."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="one narrow layer, T / 16, few tests")

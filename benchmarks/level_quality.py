@@ -56,6 +56,7 @@ class Trial:
 
     @property
     def name(self) -> str:
+        """Name of its file and of its checkpoints."""
         return f"{self.variant}-seed{self.seed}-{self.num_steps}"
 
 
@@ -77,6 +78,7 @@ class Corpus:
         return self._cut(torch.randint(0, self.num_training - SEQ_LEN - 1, (NUM_SEQUENCES,), generator=generator))
 
     def held_out(self) -> tuple[Tensor, Tensor]:
+        """Tokens and targets of NUM_HELD_OUT held-out sequences, always the same."""
         generator = torch.Generator().manual_seed(0)
         last = len(self.bytes) - SEQ_LEN - 1
         return self._cut(torch.randint(self.num_training, last, (NUM_HELD_OUT,), generator=generator))
@@ -88,11 +90,13 @@ def model_config() -> ModelConfig:
 
 
 def model_of(seed: int) -> LanguageModel:
+    """The model with the initial weights of one seed."""
     torch.manual_seed(seed)
     return build(model_config())
 
 
 def levels_of(trial: Trial, model: LanguageModel) -> LevelsConfig:
+    """The clocks and learning rates of a trial."""
     patterns = model.config.level_patterns()
     made = []
     for name, period in PERIODS.items():
@@ -172,6 +176,7 @@ def judge(losses: dict[str, list[float]]) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Runs the benchmark and prints what it found. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="a few steps of one seed; judges nothing")

@@ -2,9 +2,10 @@
 
     python -m benchmarks.levels [--json] [--quick]
 
-Real gloo processes on this machine, 1 to 4 of them; the cases are those of tests/levels. --json prints one JSON object
-as the last line; the exit code is 1 when a bound of BOUNDS is missed. `tick_overhead` is the median over interleaved
-pairs of (a step of four levels on one period) / (a step of one plain DeepSpeed engine over the same model) - 1.
+Real gloo processes on this machine, 1 to 4 of them; the tests of levels run the same cases (_level_cases.py). --json
+prints one JSON object as the last line; the exit code is 1 when a bound of BOUNDS is missed. `tick_overhead` is the
+median over interleaved pairs of (a step of four levels on one period) / (a step of one plain DeepSpeed engine over the
+same model) - 1.
 """
 
 import argparse
@@ -24,12 +25,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks import _level_cases
+from benchmarks._level_toys import NAMES, SEQ_LEN, Toy, hope_tiny, levels, relative_error, train
+from benchmarks._ranks import CaseFailed, Ranks, run_cases
 from nltrain.levels.config import LevelConfig, LevelsConfig
 from nltrain.levels.ledger import predicted_bytes
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels import test_ledger, test_parity, test_reduce_dtype, test_world_sizes
-from tests.levels.ranks import CaseFailed, Ranks, run_cases
-from tests.levels.toys import NAMES, SEQ_LEN, Toy, hope_tiny, levels, relative_error, train
 
 STAGES = ("zero1", "zero2", "zero3", "mix3211")
 MODES = {"local": 1, "sharded": 2, "gathered": 3}
@@ -65,11 +66,14 @@ def bytes_of_plan(periods: tuple[int, ...], ranks: Ranks) -> dict[str, float]:
 
 
 class Block(nn.Module):
+    """x plus a two-layer perceptron."""
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., WIDTH] to the same shape."""
         return x + self.down(F.gelu(self.up(x)))
 
 
@@ -83,6 +87,7 @@ class Tower(nn.Module):
         self.cms = nn.ModuleDict({name: nn.Sequential(Block(), Block()) for name in NAMES[1:]})
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy, summed over the targets."""
         x = self.embed(tokens)
         for level in self.cms.values():
             x = level(x)
@@ -147,35 +152,37 @@ def overhead(stage: int, num_pairs: int, ranks: Ranks) -> dict[str, float]:
 
 
 def cases_of(quick: bool) -> dict[int, dict[str, Callable[[Ranks], Any]]]:
-    cuts = [(1, 13), (2, 5), (3, 2), (4, 1)] if quick else test_world_sizes.CUTS
+    """The cases by world size and name; `quick` leaves out those of Hope, of bf16 and most cuts."""
+    cuts = [(1, 13), (2, 5), (3, 2), (4, 1)] if quick else _level_cases.CUTS
     made: dict[int, dict[str, Callable[[Ranks], Any]]] = {1: {}, 2: {}, 3: {}, 4: {}}
     for stages in STAGES:
-        made[2][f"parity-{stages}"] = partial(test_parity.parity, Toy, stages, "sgd", "clip", "fp32", 2, 1)
+        made[2][f"parity-{stages}"] = partial(_level_cases.parity, Toy, stages, "sgd", "clip", "fp32", 2, 1)
     if not quick:
         for optimizer in ("sgd", "adamw"):
             made[2][f"hope-{optimizer}"] = partial(
-                test_parity.parity, hope_tiny, "mix3211", optimizer, "clip", "fp32", 2, 1
+                _level_cases.parity, hope_tiny, "mix3211", optimizer, "clip", "fp32", 2, 1
             )
         for stages in ("zero1", "mix3211"):
             for optimizer in ("sgd", "adamw"):
                 made[2][f"bf16-{stages}-{optimizer}"] = partial(
-                    test_parity.parity, Toy, stages, optimizer, "clip", "bf16", 2, 1
+                    _level_cases.parity, Toy, stages, optimizer, "clip", "bf16", 2, 1
                 )
     for mode in MODES:
-        made[4][f"bytes-{mode}"] = partial(test_ledger.count, mode, "fp32", "fp32", 4)
+        made[4][f"bytes-{mode}"] = partial(_level_cases.count, mode, "fp32", "fp32", 4)
     made[4]["aware"] = partial(bytes_of_plan, (1, 2, 8, 32))
     for world_size in (2, 4):
         for stage in (1, 2):
-            made[world_size][f"reduce-{stage}"] = partial(test_reduce_dtype.base_gradient, hope_tiny, stage)
+            made[world_size][f"reduce-{stage}"] = partial(_level_cases.base_gradient, hope_tiny, stage)
     made[4]["uniform"] = partial(bytes_of_plan, (1, 1, 1, 1))
     for world_size, micro_batch in cuts:
-        made[world_size][f"trajectory-{micro_batch}"] = partial(test_world_sizes.trajectory, micro_batch)
+        made[world_size][f"trajectory-{micro_batch}"] = partial(_level_cases.trajectory, micro_batch)
     for stage in (1,) if quick else (1, 2):
         made[2][f"overhead-{stage}"] = partial(overhead, stage, 20 if quick else 50)
     return made
 
 
 def run(quick: bool) -> dict[str, Any]:
+    """Runs all cases and returns the figures that BOUNDS judges, and some more. Raises CaseFailed."""
     results: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for world_size, cases in cases_of(quick).items():
@@ -221,6 +228,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Runs the benchmark and prints what it found. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="fewer cases and pairs, under two minutes")

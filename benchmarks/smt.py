@@ -2,10 +2,10 @@
 
     python -m benchmarks.smt [--json] [--quick]
 
-FLOPs are counted from a real run (the counter is taught the triangular solve) and divided by kernels/cost.py's
-formula; ops are all dispatcher calls of a forward pass, views included. Times are CPU seconds of this process, the
-best of several, so that a busy machine shifts them less. --json prints one JSON object as the last line; the exit
-code is 1 when a bound is missed.
+FLOPs are counted in a real run and divided by the formula of kernels/cost.py; torch's counter does not know the
+triangular solve and gets a formula for it. Ops are all dispatcher calls of a forward pass, views included. Times are
+CPU seconds of this process, the best of several, because other work on the machine changes them less than wall time.
+--json prints one JSON object as the last line; the exit code is 1 when a bound is missed.
 """
 
 import argparse
@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks._memory_cases import Case, errors, evaluate, leaves, make_case, relative, with_leaves
 from kernels import MemoryRule, chunk, naive
 from kernels.cost import forward_flops_per_token, inverse_flops, published_flops_per_token, saved_bytes_per_block
 from nltrain.model import build, preset
-from tests.kernels.helpers import Case, errors, evaluate, leaves, make_case, relative, with_leaves
 
 HEAD_DIM, HIDDEN, NUM_TOKENS = 32, 64, 256
 BOUNDS: dict[str, Callable[[float], bool]] = {
@@ -167,6 +167,7 @@ def against_transformer(quick: bool) -> dict[str, float]:
 
 
 def main() -> int:
+    """Runs the benchmark and prints what it found. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="shorter sequences and fewer repeats")

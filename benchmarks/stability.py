@@ -71,6 +71,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Name of its file."""
         kind = "-bf16" if self.bfloat16 else ""
         first = list(TEXTS).index(self.texts[0])
         return f"grid-c{self.rule.chunk_mem}-d{self.head_dim}-t{self.num_tokens}{kind}-{first}"
@@ -210,18 +211,15 @@ def run_attack(rule: MemoryRule, w1_std: float, w2_scale: float, seed: int, num_
     return {"cases": 1, "failed": failed, **found}
 
 
-def _compile(model: LanguageModel, wanted: bool) -> None:
-    for block in model.blocks:
-        block.mixer.compile_backend = "inductor" if wanted else None  # type: ignore[assignment, union-attr]
+def _compiled(config: ModelConfig, wanted: bool) -> ModelConfig:
+    return replace(config, compile="steps" if wanted else "none")
 
 
 def run_trained(rule: MemoryRule, num_steps: int, lengths: Sequence[int], compiled: bool) -> dict:
     """Trains one layer, then judges it on every text; for chunks of 16 also at chunks of 1."""
     torch.manual_seed(0)
-    model, (data, _) = build(config_of(rule, 32, 2)), corpus(4_000_000)
-    _compile(model, compiled)
+    model, (data, _) = build(_compiled(config_of(rule, 32, 2), compiled)), corpus(4_000_000)
     loss = train(model, windows(data, TRAINED_LENGTH, 1, 0), num_steps, LR)
-    _compile(model, False)
     out: dict[str, Any] = {"train_loss": loss, "cases": 0, "failed": [], "max_update_ratio": 0.0}
     bias = [block.mixer.memories.gate_bias.detach().clone() for block in model.blocks]  # type: ignore[union-attr]
     chunks = [rule.chunk_mem] + ([1] if rule.chunk_mem == 16 else [])
@@ -250,8 +248,7 @@ def run_training(rule: MemoryRule, length: int, seed: int, num_steps: int, compi
     """Trains two layers on real text; a step that is not finite ends it."""
     torch.manual_seed(seed)
     config = replace(config_of(rule, 32, 2), num_layers=2, cms_hidden=192)
-    model, (data, _) = build(config), corpus(4_000_000)
-    _compile(model, compiled)
+    model, (data, _) = build(_compiled(config, compiled)), corpus(4_000_000)
     bad: list[str] = []
 
     def check(step: int, _: float) -> bool:
@@ -314,6 +311,7 @@ def all_runs(args: argparse.Namespace, rule: MemoryRule) -> list[Run]:
 
 
 def main() -> int:
+    """Runs the benchmark and prints what it found. Returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="the grid at 512 tokens, two training steps, nothing kept")

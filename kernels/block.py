@@ -35,14 +35,14 @@ class Decay(NamedTuple):
 
 
 class Side(NamedTuple):
-    """What one block writes to one side of m memories: factors of the gradients sum_i g_i key_i^T, and the matrices."""
+    """One side of m memories, and the factors of the gradients sum_i g_i key_i^T that one block writes to it."""
 
     keys: Tensor  # [N, m, c, key]
     gradients: Tensor  # [N, m, c, r]
     run: Tensor  # [N, m, r, key]
     velocity: Any  # the same, only with momentum
     erased: bool  # whether the rank-one erasure acts; keys have unit length then
-    read: Any = None  # [N, m, c, r] keys run^T, where it is known already
+    read: Any = None  # [N, m, c, r] keys run^T where it is already computed, else None
 
 
 class Written(NamedTuple):
@@ -111,7 +111,7 @@ def write(decay: Decay, lambda_d: Any, sides: list[Side]) -> list[Written]:
         scale = (weight.unsqueeze(-1) * decay.ratio_before).unsqueeze(1)
         grams = [products(side.keys, side.keys.mT) for side in erased]
         lower = scale * (torch.cat(grams, 1) if len(grams) > 1 else grams[0])
-        # What the erasure finds: of the matrices at the start of the block, and of the momentum's writes since.
+        # What the erasure removes: of the matrices at the start of the block, and of the momentum's writes since then.
         seen = _column(lambda_d * decay.gamma_before)
         found = [seen * (products(s.keys, s.run.mT) if s.read is None else s.read) for s in erased]
         if momentum:

@@ -1,9 +1,12 @@
 """Self-modifying memories, chunk-parallel: equal to `naive` for every option, with one Python step per 64 tokens.
 
-Here the sequence is cut and the steps are strung together; `block` holds the mathematics of one step.
+This file cuts the sequence into blocks and runs the steps one after another; `block` holds the mathematics of one step.
 State, decays and the triangular inverse are at least fp32. README.md beside this file has the derivation.
+B sequences, T tokens, H heads, d head width; N = B x H; S slots: the tokens, or their places in the padded layout.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from math import isqrt
 from typing import Any
@@ -18,9 +21,12 @@ from kernels.ops import l2norm
 from kernels.rule import MemoryRule
 from kernels.state import Initial, Inputs, MemoryState, Weights, fresh_state
 
+# Start, run and velocity: the state between two blocks, folded to [N, ...]. The velocity is None without momentum.
+Running = tuple[Weights, Weights, Weights | None]
+
 
 @cache
-def _compiled_call(backend: str) -> Any:
+def _compiled_call(backend: str) -> Callable[..., Any]:
     return torch.compile(BlockStep.__call__, dynamic=False, backend=backend)
 
 
@@ -38,38 +44,57 @@ def self_modify(
 ) -> tuple[Tensor, MemoryState]:
     """Outputs o [B, T, H, d] and the state after the last token, as `naive.self_modify`.
 
-    document_starts: [B, T] bool, None for none. layout: what `build_layout` gives for these arguments, to share it
-    between layers. recompute: keep only every sqrt(blocks)-th state for the backward pass. truncate_blocks: detach the
-    state every so many blocks of the loop.
-    compile_backend: run each block through torch.compile. The outputs have the dtype of the inputs.
+    document_starts: [B, T] bool, None for none. layout: the result of `build_layout` for these arguments, so that
+    several layers can share it. recompute: keep only every sqrt(blocks)-th state for the backward pass.
+    compile_backend: run each block through torch.compile with this back end. truncate_blocks: detach the state every so
+    many blocks. The outputs have the dtype of the inputs, the state has at least fp32.
     """
     num_sequences, num_tokens, num_heads, _ = inputs.k.shape
-    in_dtype = inputs.k.dtype
-    dtype = torch.promote_types(in_dtype, torch.float32)
+    dtype = torch.promote_types(inputs.k.dtype, torch.float32)
     if layout is None:
         position = state.position if state is not None else torch.zeros(num_sequences, dtype=torch.long)
         layout = build_layout(rule, num_tokens, position.to(inputs.k.device), document_starts)
     step = BlockStep(rule, initial, num_sequences, dtype)
+    fresh = fresh_state(initial, rule, num_sequences)
+    begin = _fold(fresh.run, dtype)
+    running: Running = (begin, begin, _fold(fresh.velocity, dtype) if fresh.velocity else None)
+    if state is not None:
+        moving = _fold(state.velocity, dtype) if state.velocity is not None else None
+        running = (_fold(state.start, dtype), _fold(state.run, dtype), moving)
+    x = _by_slot(inputs, rule, layout, dtype)
 
-    def fold(weights: Weights) -> Weights:
-        return weights.map(lambda w: w.to(dtype).flatten(0, 1))
+    if rule.writes:
+        valid = None if layout.valid is None else layout.valid.to(dtype).repeat_interleave(num_heads, 0)
+        call = _compiled_call(compile_backend) if compile_backend else BlockStep.__call__
+        loop = _BlockLoop(step, layout, begin, _split(x, layout), valid, call, truncate_blocks)
+        o, running = loop.run_all(running, recompute)
+    else:
+        o = step.read_only(running[0], x["q"])
 
-    def unfold(weights: Weights) -> Weights:
-        return weights.map(lambda w: w.unflatten(0, (num_sequences, num_heads)))
+    o = o.unflatten(0, (num_sequences, num_heads)).transpose(1, 2)
+    if layout.slot is not None:
+        o = o.gather(1, layout.slot[..., None, None].expand(-1, -1, *o.shape[2:]))
+    start, run, velocity = (
+        None if w is None else w.map(lambda t: t.unflatten(0, (num_sequences, num_heads))) for w in running
+    )
+    assert start is not None and run is not None
+    return o.to(inputs.k.dtype), MemoryState(start, run, velocity, layout.position)
+
+
+def _fold(weights: Weights, dtype: torch.dtype) -> Weights:
+    """[B, H, ...] to [N, ...]."""
+    return weights.map(lambda w: w.to(dtype).flatten(0, 1))
+
+
+def _by_slot(inputs: Inputs, rule: MemoryRule, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs that the rule reads, [N, S, d], and with momentum "beta_logit" [N, S]."""
 
     def arrange(x: Tensor) -> Tensor:
-        """[B, T, H, ...] to [N, slots, ...]."""
+        """[B, T, H, ...] to [N, S, ...]."""
         if layout.source is not None:
             index = layout.source.view(*layout.source.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
             x = x.gather(1, index)
         return x.transpose(1, 2).flatten(0, 1).to(dtype)
-
-    fresh = fresh_state(initial, rule, num_sequences)
-    begin = fold(fresh.run)
-    start, run, velocity = begin, begin, fold(fresh.velocity) if fresh.velocity else None
-    if state is not None:
-        start, run = fold(state.start), fold(state.run)
-        velocity = fold(state.velocity) if state.velocity is not None else None
 
     names = ("k", "v", "q", "gate") if rule.writes else ("q",)
     x = {name: arrange(getattr(inputs, name)) for name in names}
@@ -78,51 +103,61 @@ def self_modify(
     if rule.momentum and rule.writes:
         assert inputs.beta_logit is not None
         x["beta_logit"] = arrange(inputs.beta_logit.unsqueeze(-1)).squeeze(-1)
+    return x
 
-    if not rule.writes:
-        o = step.read_only(start, x["q"])
-    else:
-        valid = None if layout.valid is None else layout.valid.to(dtype).repeat_interleave(num_heads, 0)
-        # One split per input: its backward is one concatenation.
-        lengths = [block.end - block.begin for block in layout.blocks]
-        pieces = {name: value.split(lengths, 1) for name, value in x.items()}
 
-        num_blocks = len(layout.blocks)
-        call = _compiled_call(compile_backend) if compile_backend else BlockStep.__call__
+def _split(x: dict[str, Tensor], layout: Layout) -> dict[str, tuple[Tensor, ...]]:
+    """Each input cut into blocks. It is split at once, so that its backward is one concatenation."""
+    lengths = [block.end - block.begin for block in layout.blocks]
+    return {name: value.split(lengths, 1) for name, value in x.items()}
 
-        def run_group(start: Weights, run: Weights, velocity: Any, first: int, last: int) -> tuple:
-            outputs = []
-            for i in range(first, last):
-                block = layout.blocks[i]
-                if truncate_blocks is not None and i and i % truncate_blocks == 0:
-                    start, run = start.map(torch.detach), run.map(torch.detach)
-                    velocity = velocity.map(torch.detach) if velocity else None
-                if block.resets is not False and run is not begin:
-                    run, start = step.masked(block.resets, begin, run), step.masked(block.resets, begin, start)
-                    velocity = velocity and step.masked(block.resets, velocity.map(torch.zeros_like), velocity)
-                own_valid = None if valid is None else valid[:, block.begin : block.end]
-                own = {name: parts[i] for name, parts in pieces.items()}
-                out, run, velocity = call(step, start, run, velocity, own, own_valid)
-                outputs.append(out)
-                # Snapshot now what the next block needs, so that a group boundary carries one set of weights.
-                after = layout.blocks[i + 1] if i + 1 < num_blocks else None
-                begins = (after.begins_mem, after.begins_other) if after else (layout.ends_mem, layout.ends_other)
-                start = step.snapshot(start, run, *begins)
-            return torch.cat(outputs, 1), start, run, velocity
 
+@dataclass(frozen=True)
+class _BlockLoop:
+    """The steps of one call, in order, with what they share."""
+
+    step: BlockStep
+    layout: Layout
+    begin: Weights  # [N, ...] the state at the start of a document
+    pieces: dict[str, tuple[Tensor, ...]]  # by input, one [N, c, d] per block
+    valid: Tensor | None  # [N, S] 1 where a slot holds a token; None: every slot does
+    call: Callable[..., Any]  # BlockStep.__call__, or the same compiled
+    truncate_blocks: int | None
+
+    def run_all(self, running: Running, recompute: bool) -> tuple[Tensor, Running]:
+        """Outputs [N, S, d] and the state after the last block; with `recompute` by groups that are run again."""
+        num_blocks = len(self.layout.blocks)
         group = isqrt(num_blocks - 1) + 1 if recompute and torch.is_grad_enabled() else num_blocks
         outputs = []
         for first in range(0, num_blocks, group):
-            arguments = (start, run, velocity, first, min(first + group, num_blocks))
+            arguments = (*running, first, min(first + group, num_blocks))
             if group < num_blocks:
-                out, start, run, velocity = checkpoint(run_group, *arguments, use_reentrant=False)
+                out, *after = checkpoint(self.run_group, *arguments, use_reentrant=False)
             else:
-                out, start, run, velocity = run_group(*arguments)
+                out, *after = self.run_group(*arguments)
+            running = tuple(after)  # type: ignore[assignment]
             outputs.append(out)
-        o = torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0]
+        return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], running
 
-    o = o.unflatten(0, (num_sequences, num_heads)).transpose(1, 2)
-    if layout.slot is not None:
-        o = o.gather(1, layout.slot[..., None, None].expand(-1, -1, *o.shape[2:]))
-    final = MemoryState(unfold(start), unfold(run), unfold(velocity) if velocity else None, layout.position)
-    return o.to(in_dtype), final
+    def run_group(
+        self, start: Weights, run: Weights, velocity: Any, first: int, last: int
+    ) -> tuple[Tensor, Weights, Weights, Any]:
+        """Blocks `first` to `last` - 1: their outputs, and the state after them."""
+        step, blocks, outputs = self.step, self.layout.blocks, []
+        for i in range(first, last):
+            block = blocks[i]
+            if self.truncate_blocks is not None and i and i % self.truncate_blocks == 0:
+                start, run = start.map(torch.detach), run.map(torch.detach)
+                velocity = velocity.map(torch.detach) if velocity else None
+            if block.resets is not False and run is not self.begin:
+                run, start = step.masked(block.resets, self.begin, run), step.masked(block.resets, self.begin, start)
+                velocity = velocity and step.masked(block.resets, velocity.map(torch.zeros_like), velocity)
+            own_valid = None if self.valid is None else self.valid[:, block.begin : block.end]
+            own = {name: parts[i] for name, parts in self.pieces.items()}
+            out, run, velocity = self.call(step, start, run, velocity, own, own_valid)
+            outputs.append(out)
+            # Take the next block's snapshot here, so that a group boundary carries one set of weights.
+            after, end = (blocks[i + 1] if i + 1 < len(blocks) else None), self.layout
+            begins = (after.begins_mem, after.begins_other) if after else (end.ends_mem, end.ends_other)
+            start = step.snapshot(start, run, *begins)
+        return torch.cat(outputs, 1), start, run, velocity

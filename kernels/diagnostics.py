@@ -1,7 +1,7 @@
-"""How the memories fare along a sequence: one row of figures per chunk, without gradients.
+"""Figures of the memories along a sequence, one row per chunk, without gradients.
 
-A healthy memory keeps eta and alpha away from their ends, |v|/|k| near 1 and |dW|/|W| level; saturated gates are a
-consequence of a blown-up memory, seen just before NaN.
+In a stable memory eta and alpha stay away from the ends of their ranges, |v|/|k| stays near 1 and |dW|/|W| does not
+grow. Gates at the ends of their ranges follow from a memory that has grown too large, and appear just before NaN.
 """
 
 import torch

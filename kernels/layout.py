@@ -2,7 +2,7 @@
 
 Chunks are counted from each document's own start, so rows of a batch may be cut at different places. Then the tokens
 are gathered into padded blocks; when all rows are cut alike (the common case) blocks are plain slices.
-Building a layout with document starts reads them on the host once: build it once per batch, not once per layer.
+`build_layout` reads positions on the host: call it once per batch, not once per layer.
 """
 
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ def build_layout(rule: MemoryRule, num_tokens: int, position: Tensor, document_s
     starts = where == 0
 
     def blocks(begins: list[int], end: int, first: Tensor, has: Tensor | bool) -> tuple[Block, ...]:
-        """first: [B, blocks], the token with which each row's block begins; has: whether the row has that block."""
+        """first: [B, blocks], the first token of each row's block; has: whether the row has that block."""
         at = where.gather(1, first)
         masks = (starts.gather(1, first), at % rule.chunk_mem == 0, at % rule.chunk_other == 0)
         by_block = zip(*(_row_masks(mask & has, device) for mask in masks), strict=True)
@@ -103,7 +103,7 @@ def build_layout(rule: MemoryRule, num_tokens: int, position: Tensor, document_s
 
 
 def _row_masks(masks: Tensor, device: torch.device) -> list[RowMask]:
-    """Of [B, n]: each column, or one answer where all its rows agree."""
+    """The columns of `masks` [B, n]; a column whose rows all agree becomes one bool."""
     every, some = masks.all(0).tolist(), masks.any(0).tolist()
     return [
         True if all_rows else masks[:, i].to(device) if any_row else False

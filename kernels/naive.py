@@ -6,7 +6,7 @@ constant. A document start resets the row's memories, and chunks are counted fro
 equals the same document alone.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from kernels.rule import MemoryRule
 from kernels.state import Initial, Inputs, MemoryState, Weights, fresh_state
 
 L2_EPS = 1e-6
+# By memory: [W2, W1], each [B, H, ...] (initial weights: [H, ...]); W1 is None for a matrix memory.
+Memories = dict[str, list[Any]]
 
 
 def l2norm(x: Tensor) -> Tensor:
@@ -89,8 +91,8 @@ def _rows(mask_B: Tensor, new: Tensor, old: Tensor) -> Tensor:
     return torch.where(mask_B.reshape(-1, *(1,) * (old.dim() - 1)), new, old)
 
 
-def _unpack(rule: MemoryRule, packed: Weights, head_dim: int, hidden: int) -> dict[str, list[Any]]:
-    out: dict[str, list[Any]] = {}
+def _unpack(rule: MemoryRule, packed: Weights, head_dim: int, hidden: int) -> Memories:
+    out: Memories = {}
     for name in rule.full_names + rule.gate_names:
         w2 = packed.w2[..., rule.rows(name, head_dim, hidden), :]
         w1 = None
@@ -102,13 +104,121 @@ def _unpack(rule: MemoryRule, packed: Weights, head_dim: int, hidden: int) -> di
     return out
 
 
-def _pack(rule: MemoryRule, weights: dict[str, list[Any]]) -> Weights:
+def _pack(rule: MemoryRule, weights: Memories) -> Weights:
     w2 = torch.cat([weights[name][0] for name in rule.full_names + rule.gate_names], -2)
     if rule.memory == "matrix":
         return Weights(w2, None, None)
     w1 = torch.stack([weights[name][1] for name in rule.full_names], -3)
     g1 = torch.cat([weights[name][1] for name in rule.gate_names], -2) if rule.gate_names else None
     return Weights(w2, w1, g1)
+
+
+class Generated(NamedTuple):
+    """What the snapshot makes of one token."""
+
+    k: Tensor  # [B, H, d], unit length
+    v: Tensor  # [B, H, d]
+    q: Tensor  # [B, H, d], unit length
+    eta: Tensor  # [B, H, 1, 1] inner learning rate
+    alpha: Tensor  # [B, H, 1, 1] retention
+
+
+class _Layer:
+    """What one call keeps constant (rule, inputs, initial weights), and the parts of one token's step."""
+
+    def __init__(self, inputs: Inputs, initial: Initial, rule: MemoryRule, fresh: MemoryState) -> None:
+        self.inputs, self.rule, self.bias = inputs, rule, initial.bias
+        self.head_dim = inputs.k.shape[-1]
+        self.hidden = initial.weights.w1.shape[-1] if initial.weights.w1 is not None else 0
+        self.names = rule.full_names + rule.gate_names
+        self.begin, self.base = self.unpack(fresh.run), self.unpack(initial.weights)
+        self.slow = {"eta": initial.slow[0], "alpha": initial.slow[1]}
+        rule.check_heads(initial.bias.shape[1])
+        self.lambda_d = initial.bias.new_tensor(rule.erasures).view(1, -1, 1, 1)  # [1, H or 1, 1, 1]
+
+    def unpack(self, weights: Weights) -> Memories:
+        """The stacked weights by memory."""
+        return _unpack(self.rule, weights, self.head_dim, self.hidden)
+
+    def memory(self, weights: Memories, name: str) -> Memory:
+        """The memory `name` with its whole weights, given what the state holds of them."""
+        w2, w1 = weights[name]
+        if self.rule.decay == "deviation":
+            w2, w1 = (None if w is None else w + b for w, b in zip((w2, w1), self.base[name], strict=True))
+        return Memory(self.rule, w2, w1, self.slow.get(name))  # type: ignore[arg-type]
+
+    def replaced(self, mask_B: Tensor, new: Memories, old: Memories, only: tuple[str, ...] | None = None) -> Memories:
+        """`new` in the rows of the mask and for the memories in `only` (None: all), `old` elsewhere."""
+        if not bool(mask_B.any()):
+            return old
+        mixed = dict(old)
+        for name in self.names if only is None else only:
+            pairs = zip(new[name], old[name], strict=True)
+            mixed[name] = [o if o is None else _rows(mask_B, w, o) for w, o in pairs]
+        return mixed
+
+    def snapshot(self, start: Memories, run: Memories, position: Tensor) -> Memories:
+        """start := run for the memories whose chunk begins at `position`."""
+        start = self.replaced(position % self.rule.chunk_mem == 0, run, start, ("mem",))
+        others = tuple(name for name in self.names if name != "mem")
+        return self.replaced(position % self.rule.chunk_other == 0, run, start, others)
+
+    def generated(self, start: Memories, t: int) -> Generated:
+        """Eq. 83: the snapshot generates everything that token t writes and reads with."""
+        rule = self.rule
+        normal = l2norm if rule.normalize_inputs else lambda x: x
+        x = {name: normal(getattr(self.inputs, name)[:, t]) for name in ("k", "v", "q", "gate")}
+        made = {n: self.memory(start, n)(x[n]) if n in rule.adaptive else x[n] for n in ("k", "v", "q")}
+        k, q = l2norm(made["k"]), l2norm(made["q"])
+        v = l2norm(made["v"]) if rule.normalize_v else made["v"]
+
+        def logit(name: str, index: int) -> Tensor:
+            if name in rule.adaptive:
+                return self.memory(start, name)(x["gate"]) + self.bias[index, :, None]
+            return (self.slow[name] * x["gate"]).sum(-1, keepdim=True) + self.bias[index, :, None]
+
+        eta_logit, alpha_logit = logit("eta", 0), logit("alpha", 1)
+        eta = rule.eta_limit * eta_share(rule, eta_logit).unsqueeze(-1)
+        return Generated(k, v, q, eta, alpha_logit.sigmoid().unsqueeze(-1))
+
+    def target(self, start: Memories, name: str, k: Tensor, v: Tensor) -> Tensor:
+        """Eq. 84: what memory `name` should map k to."""
+        rule, full = self.rule, name in self.rule.full_names
+        target = self.memory(start, name)(v)
+        if rule.target == "value":
+            target = v if full else self.memory(start, name)(k)
+        return l2norm(target) if rule.normalize_target and full else target
+
+    def written(
+        self, start: Memories, run: Memories, velocity: Memories | None, made: Generated, t: int
+    ) -> tuple[Memories, Memories | None]:
+        """Eq. 85-88: gradient at the snapshot, decay and erasure on the running weights; the new run and velocity."""
+        beta_logit: Any = self.inputs.beta_logit  # [B, T, H], only with momentum
+        new: Memories = {}
+        moved: Memories | None = None if velocity is None else {}
+        for name in self.names:
+            target = self.target(start, name, made.k, made.v)
+            g2, g1, s = self.memory(start, name).gradient(made.k, target)
+            keys: list[Any] = [made.k, l2norm(s) if s is not None and self.rule.erases_output_side else None]
+            new[name], speeds = [], list[Any]()
+            for i, gradient in enumerate((g2, g1)):
+                w = run[name][i]
+                if w is None or gradient is None:
+                    new[name].append(None)
+                    speeds.append(None)
+                    continue
+                step = -made.eta * gradient
+                if velocity is not None:
+                    beta = beta_logit[:, t].sigmoid()[..., None, None]
+                    step = beta * velocity[name][i] + step
+                speeds.append(step)
+                erased = made.alpha * w
+                if keys[i] is not None and self.rule.erases:
+                    erased = erased - self.lambda_d * made.eta * _outer(_apply(w, keys[i]), keys[i])
+                new[name].append(erased + step)
+            if moved is not None:
+                moved[name] = speeds
+        return new, moved
 
 
 def self_modify(
@@ -119,97 +229,27 @@ def self_modify(
     document_starts: Tensor | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Outputs o [B, T, H, d] and the state after the last token. document_starts: [B, T] bool, None for none."""
-    num_sequences, num_tokens, _, head_dim = inputs.k.shape
-    hidden = initial.weights.w1.shape[-1] if initial.weights.w1 is not None else 0
-    names = rule.full_names + rule.gate_names
-    fresh = fresh_state(initial, rule, num_sequences)
+    fresh = fresh_state(initial, rule, inputs.k.shape[0])
     state = fresh if state is None else state
-
-    def unpack(weights: Weights) -> dict[str, list[Any]]:
-        return _unpack(rule, weights, head_dim, hidden)
-
-    begin, base = unpack(fresh.run), unpack(initial.weights)
-    start, run = unpack(state.start), unpack(state.run)
-    velocity = unpack(state.velocity) if state.velocity is not None else None
-    beta_logit: Any = inputs.beta_logit
-    position = state.position
-    slow = {"eta": initial.slow[0], "alpha": initial.slow[1]}
-
-    def memory(weights: dict[str, list[Any]], name: str) -> Memory:
-        w2, w1 = weights[name]
-        if rule.decay == "deviation":
-            w2, w1 = (None if w is None else w + b for w, b in zip((w2, w1), base[name], strict=True))
-        return Memory(rule, w2, w1, slow.get(name))  # type: ignore[arg-type]
-
-    def replaced(mask_B: Tensor, new: dict, old: dict, only: tuple[str, ...] = names) -> dict:
-        """`new` in the rows of the mask and for the memories in `only`, `old` elsewhere."""
-        if not bool(mask_B.any()):
-            return old
-        mixed = dict(old)
-        for name in only:
-            pairs = zip(new[name], old[name], strict=True)
-            mixed[name] = [o if o is None else _rows(mask_B, w, o) for w, o in pairs]
-        return mixed
-
-    def snapshot(start: dict, run: dict, position: Tensor) -> dict:
-        """start := run for the memories whose chunk begins at `position`."""
-        start = replaced(position % rule.chunk_mem == 0, run, start, ("mem",))
-        return replaced(position % rule.chunk_other == 0, run, start, tuple(n for n in names if n != "mem"))
-
-    normal = l2norm if rule.normalize_inputs else lambda x: x
-    rule.check_heads(initial.bias.shape[1])
-    lambda_d = initial.bias.new_tensor(rule.erasures).view(1, -1, 1, 1)  # [1, H or 1, 1, 1]
+    layer = _Layer(inputs, initial, rule, fresh)
+    start, run, position = layer.unpack(state.start), layer.unpack(state.run), state.position
+    velocity = layer.unpack(state.velocity) if state.velocity is not None else None
     outputs = []
-    for t in range(num_tokens):
+    for t in range(inputs.k.shape[1]):
         if document_starts is not None:
             resets = document_starts[:, t]
-            run = replaced(resets, begin, run)
+            run = layer.replaced(resets, layer.begin, run)
             if velocity is not None:
-                velocity = replaced(resets, {n: [w if w is None else w * 0 for w in begin[n]] for n in names}, velocity)
+                zeros = {n: [w if w is None else w * 0 for w in layer.begin[n]] for n in layer.names}
+                velocity = layer.replaced(resets, zeros, velocity)
             position = torch.where(resets, 0, position)
-        start = snapshot(start, run, position)
-
-        # Eq. 83: everything is generated by the snapshot.
-        x = {name: normal(getattr(inputs, name)[:, t]) for name in ("k", "v", "q", "gate")}
-        made = {n: memory(start, n)(x[n]) if n in rule.adaptive else x[n] for n in ("k", "v", "q")}
-        k, q = l2norm(made["k"]), l2norm(made["q"])
-        v = l2norm(made["v"]) if rule.normalize_v else made["v"]
-        logit = {
-            n: (memory(start, n)(x["gate"]) if n in rule.adaptive else (slow[n] * x["gate"]).sum(-1, keepdim=True))
-            + initial.bias[i, :, None] for i, n in enumerate(("eta", "alpha"))
-        }  # fmt: skip
-        eta = rule.eta_limit * eta_share(rule, logit["eta"]).unsqueeze(-1)  # [B, H, 1, 1]
-        alpha = logit["alpha"].sigmoid().unsqueeze(-1)
-
-        # Eq. 84-88: own target, gradient at the snapshot, decay and erasure on the running weights.
-        written: dict[str, list[Any]] = {}
-        for name in names:
-            target = memory(start, name)(v)
-            if rule.target == "value":
-                target = v if name in rule.full_names else memory(start, name)(k)
-            if rule.normalize_target and name in rule.full_names:
-                target = l2norm(target)
-            g2, g1, s = memory(start, name).gradient(k, target)
-            keys: list[Any] = [k, l2norm(s) if s is not None and rule.erases_output_side else None]
-            written[name] = []
-            for i, gradient in enumerate((g2, g1)):
-                w = run[name][i]
-                if w is None or gradient is None:
-                    written[name].append(None)
-                    continue
-                step = -eta * gradient
-                if velocity is not None:
-                    beta = beta_logit[:, t].sigmoid()[..., None, None]
-                    step = velocity[name][i] = beta * velocity[name][i] + step
-                erased = alpha * w
-                if keys[i] is not None and rule.erases:
-                    erased = erased - lambda_d * eta * _outer(_apply(w, keys[i]), keys[i])
-                written[name].append(erased + step)
-        run = written if rule.writes else run
+        start = layer.snapshot(start, run, position)
+        made = layer.generated(start, t)
+        if rule.writes:
+            run, velocity = layer.written(start, run, velocity, made, t)
         position = position + 1
-
         # Eq. 90 reads the snapshot; the live read sees this token's own write.
-        outputs.append(memory(run if rule.read == "live" else start, "mem")(q))
-    start = snapshot(start, run, position)
+        outputs.append(layer.memory(run if rule.read == "live" else start, "mem")(made.q))
+    start = layer.snapshot(start, run, position)
     packed = _pack(rule, velocity) if velocity is not None else None
     return torch.stack(outputs, 1), MemoryState(_pack(rule, start), _pack(rule, run), packed, position)

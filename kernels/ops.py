@@ -1,7 +1,7 @@
 """The differentiable pieces worth writing by hand: activation with its slope, unit norm, and the triangular systems.
 
-Both support first-order autograd only, which is what training needs: the second-order terms of the inner gradient are
-explicit in the outer graph, because the inner gradient is a closed form.
+They support first-order autograd only, which is enough for training: the inner gradient is a closed form, so its
+second-order terms are explicit in the outer graph.
 """
 
 from typing import Any

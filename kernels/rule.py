@@ -1,8 +1,8 @@
 """The rule by which a memory writes itself: every choice the paper leaves open, as one frozen config.
 
-The defaults stay finite on every text: v and the length of every write are bounded, and what is stale is erased
-(README.md has the proof). `MemoryRule.paper_letter()` is the printed rule and `MemoryRule.one_sided()` the erasure on
-keys alone; both are known to diverge, see docs/deviations.md.
+The defaults stay finite on every text: v and the length of every write are bounded, and stale gradients are erased
+(README.md has the proof). `MemoryRule.paper_letter()` is the printed rule, `MemoryRule.one_sided()` erases on keys
+alone; both are known to diverge, see docs/deviations.md.
 Names follow "Nested Learning" (arXiv 2512.24695), Eq. 83-93.
 """
 
@@ -67,8 +67,8 @@ class MemoryRule:
     normalize_target: bool = False
     """Brings the targets of d -> d memories to unit length."""
     momentum: bool = False
-    """Titans' momentum S = beta S - eta G with a data-dependent beta. Steps add up to 1 / (1 - beta) of them, twice at
-    the start and more as beta is learned: without a smaller eta_max training ends in NaN."""
+    """Titans' momentum S = beta S - eta G with a data-dependent beta. A gradient acts up to 1 / (1 - beta) times: twice
+    at the start, and more often as beta is learned. Without a smaller eta_max training ends in NaN."""
     writes: bool = True
     """False: no memory ever writes and the main memory is read as it was learned (a control for experiments). Then
     `adaptive` keeps at most "q": nothing else is ever read."""
@@ -219,8 +219,10 @@ class MemoryRule:
 
 
 def largest_change(rule: MemoryRule, num_tokens: int) -> float:
-    """What |W - W_initial| (Frobenius, any matrix of any memory) cannot exceed after `num_tokens` writes, for any
-    weights, any inputs and any alpha; README.md beside this file derives it. Infinite where nothing bounds a write.
+    """Upper bound of |W - W_initial| (Frobenius, any matrix of any memory) after `num_tokens` writes.
+
+    It holds for any weights, inputs and alpha; README.md beside this file derives it. Infinite where nothing bounds a
+    write.
     """
     bound, eta = rule.gradient_bound, rule.eta_limit
     if bound is None or rule.momentum or rule.decay != "deviation":

@@ -55,7 +55,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 def pytest_collection_finish() -> None:
     """Where ranks will be forked: start what forks them now, outside the environment of any test's cluster."""
-    if "tests.forked" in sys.modules:
+    if "benchmarks._forked" in sys.modules:
         forkserver.ensure_running()
 
 

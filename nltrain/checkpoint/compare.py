@@ -64,7 +64,8 @@ def check_config(
             + "; ".join(map(str, refused))
             + ". Restore these values, name the fields in checkpoint.may_change, or start a new run"
         )
-    return allowed
+    # A field that the stored config's release did not have, and that may change, is no change.
+    return [difference for difference in allowed if difference.stored != ABSENT]
 
 
 def check_state(state: Any, config: Mapping[str, Any] | None, may_change: Iterable[str]) -> list[Difference]:

@@ -8,9 +8,15 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from kernels import MemoryRule
+from kernels.dispatch import Options, refusal
+from nltrain.errors import require
 
 FAMILIES = ("hope", "hope_attention", "titans", "matrix", "transformer")
 ATTENTION_FAMILIES = ("hope_attention", "transformer")
+# Fields that decide which code computes the numbers. They change results within rounding only: they may change on
+# resume, and what is kept of a run (an exported model, the result of a benchmark) does not depend on them.
+IMPLEMENTATION_FIELDS = ("kernel", "compile", "compile_backend")
+MAY_CHANGE = {"may_change": "always"}  # metadata of a field that may differ between a checkpoint and its resumption
 # Child names of the CMS module that are not levels.
 RESERVED_LEVEL_NAMES = ("mix", "base", "rest")
 
@@ -76,6 +82,15 @@ class ModelConfig:
     boundary and recompute the rest in the backward pass."""
     truncate_chunks: int | None = None
     """Cuts the outer gradient through the memories' states every so many (shorter) chunks. None: never."""
+    kernel: str = field(default="auto", metadata=MAY_CHANGE)
+    """Implementation of the memories (kernels/dispatch.py). "chunk": chunk-parallel. "naive": token by token, the
+    definition, a hundred times slower. "auto": the fastest that can run; the only value for attention families."""
+    compile: str = field(default="none", metadata=MAY_CHANGE)
+    """Parts that run through torch.compile. "none"; "steps": each step of the chunk loop (families with memories);
+    "blocks": also the feed-forward parts, and whole blocks of attention families."""
+    compile_backend: str = field(default="inductor", metadata=MAY_CHANGE)
+    """Back end of torch.compile, unused when compile is "none". "inductor" needs a C++ compiler on a CPU and triton on
+    a GPU; "aot_eager" needs neither and is no faster than no compilation."""
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
@@ -110,6 +125,30 @@ class ModelConfig:
             raise ModelConfigError(f"ModelConfig.recompute = {self.recompute!r}: choose none or chunks")
         if self.truncate_chunks is not None and self.truncate_chunks < 1:
             raise ModelConfigError(f"ModelConfig.truncate_chunks = {self.truncate_chunks}: give at least 1, or None")
+        self._check_implementation()
+
+    def _check_implementation(self) -> None:
+        """What can be checked before a device is known; the first forward pass checks the rest."""
+        require(
+            self.compile in ("none", "steps", "blocks"), "model.compile", self.compile, "choose none, steps or blocks"
+        )
+        if self.family in ATTENTION_FAMILIES:
+            require(self.kernel == "auto", "model.kernel", self.kernel, f"{self.family} has no memories; use auto")
+            no_loop = f"{self.family} has no chunk loop; choose none or blocks"
+            require(self.compile != "steps", "model.compile", self.compile, no_loop)
+            return
+        reason = refusal(self.kernel, self.rule, self.kernel_options)
+        require(reason is None, "model.kernel", self.kernel, reason or "")
+
+    @property
+    def kernel_options(self) -> Options:
+        """How the memories are computed, for `kernels.dispatch`."""
+        blocks_per_chunk = -(-self.rule.chunk_min // self.rule.block_tokens)
+        return Options(
+            recompute=self.recompute == "chunks",
+            compile_backend=None if self.compile == "none" else self.compile_backend,
+            truncate_blocks=self.truncate_chunks and self.truncate_chunks * blocks_per_chunk,
+        )
 
     @property
     def num_heads(self) -> int:
@@ -157,8 +196,12 @@ class ModelConfig:
 
     @classmethod
     def from_saved(cls, values: dict[str, Any]) -> "ModelConfig":
-        """`from_dict` of what a run saved: a field that its release did not have takes the value it had in effect."""
-        values = BEFORE_FIELDS | values
+        """`from_dict` of what a run saved, possibly by an earlier release and on another machine.
+
+        A field that its release did not have takes the value it had in effect. IMPLEMENTATION_FIELDS take their
+        defaults, because the code that trained the model may not run here.
+        """
+        values = BEFORE_FIELDS | {name: value for name, value in values.items() if name not in IMPLEMENTATION_FIELDS}
         if isinstance(values.get("rule"), dict):
             values["rule"] = BEFORE_RULE_FIELDS | values["rule"]
         return cls.from_dict(values)

@@ -1,6 +1,6 @@
 """Feed-forward parts: the continuum memory system (Eq. 70-74) and SwiGLU.
 
-Each CMS level is a module of its own under its level's name, with its norm, so that a level is a set of whole modules.
+Each CMS level is a module under its level's name and has its own norm, so that a level is a set of whole modules.
 """
 
 from dataclasses import replace
@@ -23,6 +23,7 @@ class Level(nn.Module):
         self.down = nn.Linear(hidden, config.width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D], without the residual."""
         n = self.norm(x)
         if self.gate is None:
             return self.down(F.silu(self.up(n)))
@@ -39,6 +40,7 @@ class CMS(nn.ModuleDict):
             self["mix"] = LevelMix(len(config.levels))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D], residuals included."""
         if "mix" in self:
             weights = self["mix"]()
             return x + sum(weights[i] * self[name](x) for i, name in enumerate(self.level_names))
@@ -54,4 +56,5 @@ class SwiGLU(Level):
         super().__init__(replace(config, level_mlp="swiglu"), config.swiglu_hidden)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, D] to [B, T, D], the residual included."""
         return x + super().forward(x)

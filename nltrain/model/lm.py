@@ -1,7 +1,8 @@
 """The language model: tied embeddings around a stack of blocks, in one call or streamed in pieces.
 
-A piece returns the state that continues it; feeding a sequence in pieces equals one call. `loss` is the fp32 sum over
-real targets, so that the caller decides what to average over.
+Each piece returns the state from which the next piece continues; a sequence fed in pieces equals one call. `loss` is
+the fp32 sum over real targets, so that the caller decides what to average over.
+B sequences, T tokens, D width, V vocabulary.
 """
 
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kernels import compiler
 from nltrain.model.config import ATTENTION_FAMILIES, ModelConfig
 from nltrain.model.feedforward import CMS, SwiGLU
 from nltrain.model.mixers import Attention, MemoryMixer
@@ -17,10 +19,10 @@ from nltrain.model.parts import RMSNorm, TiedEmbedding
 
 
 class LanguageModelState(NamedTuple):
-    """A batch of sequences in the middle: [B] tokens since each document began, and every block's state."""
+    """A batch of sequences in the middle."""
 
-    position: Tensor
-    blocks: tuple[Any, ...]
+    position: Tensor  # [B] tokens since each document began
+    blocks: tuple[Any, ...]  # the state of every block's mixer
 
 
 class Block(nn.Module):
@@ -34,8 +36,14 @@ class Block(nn.Module):
             self.ffn: nn.Module = SwiGLU(config)
         else:
             self.cms = CMS(config)
+        if config.compile == "blocks":
+            # The chunk loop is unrolled over the sequence and too long to compile whole: each step is compiled alone.
+            compiler.require(config.compile_backend, None)
+            part = self if config.family in ATTENTION_FAMILIES else self.cms
+            part.compile(dynamic=False, backend=config.compile_backend)
 
     def forward(self, x: Tensor, packing: Packing, state: Any) -> tuple[Tensor, Any]:
+        """x [B, T, D] and the mixer's state before it (None: at the start); returns the same after the block."""
         mixed, state = self.mixer(self.norm(x), packing, state)
         x = x + mixed
         return (self.ffn(x) if hasattr(self, "ffn") else self.cms(x)), state
@@ -50,7 +58,7 @@ class LanguageModel(nn.Module):
         self.embedding = TiedEmbedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        # Residual branches start small, so that depth does not grow the variance.
+        # Residual branches start small, so that the variance does not grow with depth.
         branches = config.num_layers * (2 if config.family == "transformer" else 1 + len(config.levels))
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
@@ -64,6 +72,8 @@ class LanguageModel(nn.Module):
     def _hidden(
         self, tokens_BT: Tensor, document_starts_BT: Tensor | None, state: LanguageModelState | None
     ) -> tuple[Tensor, LanguageModelState]:
+        if self.config.compile != "none":
+            compiler.require(self.config.compile_backend, tokens_BT.device.type)
         packing = Packing(tokens_BT, document_starts_BT, state.position if state else None)
         x = self.embedding(tokens_BT)
         states = []
@@ -100,7 +110,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Tensor, LanguageModelState]:
         """Reads a prompt of any length in pieces of `piece` tokens: logits after its last token [B, V], and the state.
 
-        Memory is that of one piece (attention families add their keys and values). Equals one call of `forward`.
+        It needs the memory of one piece, and of all keys and values in attention families. Equals one `forward`.
 
         Raises:
             ValueError: there is no token, or `piece` is not positive.
@@ -114,7 +124,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def diagnostics(self, tokens_BT: Tensor) -> list[dict[str, Tensor]]:
-        """Per block with memories and per chunk: eta, alpha, |v|/|k| and |dW|/|W|; see `kernels.diagnostics`."""
+        """For each block with memories, figures per chunk: eta, alpha, |v|/|k|, |dW|/|W|; see `kernels.diagnostics`."""
         packing = Packing(tokens_BT, None, None)
         x, figures = self.embedding(tokens_BT), []
         for block in self.blocks:
@@ -132,7 +142,10 @@ class LanguageModel(nn.Module):
         temperature: float = 1.0,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """tokens_BT and num_new_tokens sampled ones, the memories writing as they go; temperature 0 is greedy."""
+        """[B, T + num_new_tokens]: tokens_BT and what is sampled after it. The memories keep writing.
+
+        temperature 0: the most likely token. generator: of the device of the tokens; None: torch's global one.
+        """
         logits, state = self.read(tokens_BT)
         out = [tokens_BT]
         for i in range(num_new_tokens):

@@ -1,6 +1,7 @@
 """Token mixers: self-modifying memories (Hope, Titans, matrix) and softmax attention, with one interface.
 
-`forward(u, packing, state)` maps pre-normed [B, T, D] to [B, T, D] and returns the state after the last token.
+`forward(u, packing, state)` maps pre-normed u [B, T, D] to [B, T, D] and returns the state after the last token.
+B sequences, T tokens, D width, H heads, d head width.
 """
 
 from typing import NamedTuple
@@ -10,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import Inputs, MemoryState
-from kernels.chunk import self_modify
 from kernels.diagnostics import chunk_diagnostics
+from kernels.dispatch import choose
 from nltrain.model.config import ModelConfig
 from nltrain.model.packing import Packing
 from nltrain.model.parts import CausalConv, HeadNorm, MemoryHolder
@@ -56,7 +57,7 @@ class MemoryMixer(nn.Module):
         super().__init__()
         width = config.width
         self.config, self.rule = config, config.rule
-        # Without writes nothing reads k and v.
+        # Without writes, k and v are never read.
         self.short_conv = _ShortConv(config, paths=3 if self.rule.writes else 1)
         self.q, self.gate, self.out = (nn.Linear(width, width, bias=False) for _ in range(3))
         self.k, self.v = (nn.Linear(width, width, bias=False) if self.rule.writes else None for _ in range(2))
@@ -65,10 +66,6 @@ class MemoryMixer(nn.Module):
             self.rule, config.num_heads, config.head_dim, config.memory_hidden, config.w1_std, config.w2_scale,
             config.eta_init, config.alpha_init,
         )  # fmt: skip
-        blocks_per_chunk = -(-self.rule.chunk_min // self.rule.block_tokens)
-        self.truncate_blocks = config.truncate_chunks and config.truncate_chunks * blocks_per_chunk
-        # Set, for example to "inductor", to compile each step of the chunk loop (not the unrolled sequence).
-        self.compile_backend: str | None = None
         self.norm = HeadNorm(config.num_heads, config.head_dim, config.norm_eps)
 
     def _inputs(self, u: Tensor, packing: Packing, history: Tensor | None) -> tuple[Inputs, Tensor]:
@@ -88,16 +85,16 @@ class MemoryMixer(nn.Module):
         return chunk_diagnostics(self._inputs(u, packing, None)[0], MemoryHolder.pack(self.memories()), self.rule)
 
     def forward(self, u: Tensor, packing: Packing, state: MemoryMixerState | None) -> tuple[Tensor, MemoryMixerState]:
+        """[B, T, D] to [B, T, D], and the state after the last token; state None: at the start of a document."""
         inputs, history = self._inputs(u, packing, state.history if state else None)
+        self_modify = choose(self.config.kernel, self.rule, self.config.kernel_options, u.device.type)
         o, memory = self_modify(
             inputs,
             MemoryHolder.pack(self.memories()),
             self.rule,
             state.memory if state else None,
-            layout=packing.layout(self.rule),
-            recompute=self.config.recompute == "chunks",
-            compile_backend=self.compile_backend,
-            truncate_blocks=self.truncate_blocks,
+            packing.starts,
+            packing.layout(self.rule),
         )
         return self.out(self.norm(o) * F.silu(self.gate(u))), MemoryMixerState(history, memory)
 
@@ -121,6 +118,7 @@ class Attention(nn.Module):
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
     def forward(self, u: Tensor, packing: Packing, state: AttentionState | None) -> tuple[Tensor, AttentionState]:
+        """[B, T, D] to [B, T, D], and the state after the last token; state None: at the start of a document."""
         paths, history = self.short_conv(u, packing, state.history if state else None)
 
         def heads(x: Tensor) -> Tensor:

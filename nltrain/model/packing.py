@@ -1,6 +1,7 @@
-"""Where documents begin in a batch, worked out once and shared by all blocks.
+"""Where documents begin in a batch, computed once and shared by all blocks.
 
-A document starts afresh everywhere: memories, convolutions, attention and rotary positions all see only its own tokens.
+Every part of the model sees only the tokens of a token's own document: memories, convolutions, attention and rotary
+positions.
 """
 
 import torch
@@ -11,9 +12,11 @@ from kernels.layout import Layout, build_layout, token_positions
 
 
 class Packing:
-    """The documents of tokens [B, T] that continue rows with `position` [B] tokens of their document behind them.
+    """The documents in tokens [B, T].
 
-    Whether any document starts inside is read on the host: one synchronisation per batch on an accelerator.
+    starts: [B, T] bool, True where a document begins; None for none. position: [B] tokens of its document that each row
+    has already read; None at the start of a sequence. The constructor reads on the host whether a document begins
+    inside the batch: one synchronisation per batch on an accelerator.
     """
 
     def __init__(self, tokens: Tensor, starts: Tensor | None, position: Tensor | None) -> None:
@@ -42,7 +45,10 @@ class Packing:
         return self.positions[:, -1] + 1
 
     def taps_seen(self, num_taps: int, dtype: torch.dtype) -> Tensor | None:
-        """[B, T, num_taps] whether the token 1, 2, ... before is of the same document; None if zeros stand there."""
+        """[B, T, num_taps]: 1 where the token 1, 2, ... positions earlier is of the same document, else 0.
+
+        None where no mask is needed: a single document per row, whose missing taps are zeros.
+        """
         if self.starts is None and not self.streamed:
             return None
         taps = torch.arange(1, num_taps + 1, device=self.positions.device)
@@ -56,7 +62,7 @@ class Packing:
         return self._layouts[key]
 
     def attention_mask(self, num_past: int) -> Tensor | None:
-        """[B, 1, T, num_past + T] which keys a token sees; None for plain causal attention."""
+        """[B, 1, T, num_past + T] bool, True for the keys that a token sees; None for plain causal attention."""
         if self.starts is None and not num_past:
             return None
         device = self.positions.device

@@ -1,7 +1,7 @@
 """Leaf modules: each owns parameters, has no children, and reads its parameters only inside its own forward.
 
-That is what lets a sharded engine own a level: it gathers a module's parameters when the module is called. Holders
-return copies, because gathered parameters are released when the forward returns.
+A sharded engine relies on this: it gathers the parameters of a module when the module is called and releases them when
+the forward returns. Modules that only hold parameters therefore return copies.
 """
 
 import torch
@@ -21,11 +21,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to the same shape."""
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 class HeadNorm(nn.Module):
-    """RMSNorm per head of [B, T, H, d], with a weight of its own per head; returns [B, T, H * d]."""
+    """RMSNorm of each head, with its own weight."""
 
     def __init__(self, num_heads: int, head_dim: int, eps: float) -> None:
         super().__init__()
@@ -33,15 +34,12 @@ class HeadNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        """[B, T, H, d] to [B, T, H * d]."""
         return (F.rms_norm(x, x.shape[-1:], None, self.eps) * self.weight).flatten(-2)
 
 
 class CausalConv(nn.Module):
-    """SiLU of a depthwise causal convolution, `paths` of them on one input: [B, T, D] to [paths, B, T, D].
-
-    `history` holds the inputs just before the first token, [B, taps - 1, D]. `taps_seen` [B, T, taps - 1] says which
-    earlier inputs belong to the token's own document; None when all do or are zero.
-    """
+    """SiLU of a depthwise causal convolution; `paths` of them share one input."""
 
     def __init__(self, width: int, taps: int, paths: int) -> None:
         super().__init__()
@@ -51,6 +49,11 @@ class CausalConv(nn.Module):
             nn.init.normal_(self.weight, std=taps**-0.5)
 
     def forward(self, u: Tensor, history: Tensor, taps_seen: Tensor | None) -> Tensor:
+        """u [B, T, D] to [paths, B, T, D].
+
+        history: the inputs just before the first token, [B, taps - 1, D]. taps_seen: [B, T, taps - 1], 1 where that
+        earlier input belongs to the token's own document, else 0; None where all of them do or are zero.
+        """
         paths = self.weight.shape[1]
         num_tokens = u.shape[1]
         padded = torch.cat([history, u], 1)
@@ -71,10 +74,7 @@ class CausalConv(nn.Module):
 
 
 class MemoryHolder(nn.Module):
-    """The learned initial state of all memories of a block, one tensor per memory and side.
-
-    `forward` returns copies in at least fp32, in the order that `pack` expects.
-    """
+    """The learned initial state of all memories of a block, one parameter per memory and side."""
 
     def __init__(
         self, rule: MemoryRule, num_heads: int, head_dim: int, hidden: int, w1_std: float, w2_scale: float,
@@ -91,7 +91,7 @@ class MemoryHolder(nn.Module):
             if mlp:
                 self.register_parameter(f"{name}_w1", nn.Parameter(torch.empty(num_heads, out, hidden)))
                 nn.init.normal_(getattr(self, f"{name}_w1"), std=w1_std)
-        if not rule.writes:  # nothing reads the gates
+        if not rule.writes:  # the gates are never read
             return
         for name in GATES:
             self.register_parameter(f"{name}_slow", nn.Parameter(torch.empty(num_heads, head_dim)))
@@ -99,6 +99,7 @@ class MemoryHolder(nn.Module):
         self.gate_bias = nn.Parameter(gate_bias(rule, eta_init, alpha_init).float()[:, None].repeat(1, num_heads))
 
     def forward(self) -> tuple[Tensor, ...]:
+        """Stacked copies in at least fp32, in the order that `pack` expects."""
         rule, mlp = self.rule, self.rule.memory == "mlp"
 
         def get(name: str) -> Tensor:
@@ -120,14 +121,14 @@ class MemoryHolder(nn.Module):
 
     @staticmethod
     def pack(tensors: tuple[Tensor, ...]) -> Initial:
-        """What the kernels take, from what `forward` returns."""
+        """The result of `forward` as the kernels take it."""
         w2, slow, bias, *rest = tensors
         w1, g1 = (*rest, None, None)[:2]
         return Initial(Weights(w2, w1, g1), slow, bias)
 
 
 class TiedEmbedding(nn.Module):
-    """One matrix for both ends: tokens to vectors, and vectors to logits or to the summed loss."""
+    """One matrix for both ends of the model: from tokens to vectors, and from vectors to logits or to the loss."""
 
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
@@ -135,7 +136,10 @@ class TiedEmbedding(nn.Module):
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
-        """int64 [..] to [.., D]; float [.., D] to logits [.., V]; with targets the fp32 loss, summed over != -100."""
+        """int64 x [..] to vectors [.., D]; float x [.., D] to logits [.., V].
+
+        With targets [..], float x to the fp32 loss, summed over targets other than -100.
+        """
         if not x.is_floating_point():
             return F.embedding(x, self.weight)
         if targets is None:
@@ -152,4 +156,5 @@ class LevelMix(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_levels))
 
     def forward(self) -> Tensor:
+        """A copy of the weights, [k]."""
         return self.weight * 1.0

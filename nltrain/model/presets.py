@@ -20,7 +20,7 @@ SIZES = {
 }
 
 # Titans: projections are static, one memory, plain gradient descent with momentum towards v itself. Nothing is erased,
-# so it bears half the eta_max that momentum has by default: at that one of three small_lm seeds ended in NaN.
+# so eta_max is half the default for momentum: at that default one of three small_lm seeds ended in NaN.
 TITANS = MemoryRule(adaptive=(), target="value", lambda_d=0.0, momentum=True, eta_max=1 / 64)
 # Gated delta rule: S <- S (alpha I - eta k k^T) + eta v k^T, exact at any chunk length, from small weights.
 # Its gradient is v itself, of unit length: there is nothing to bound.

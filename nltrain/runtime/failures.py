@@ -15,7 +15,16 @@ from nltrain.runtime.config import ClusterConfig
 Kind = Literal["error", "death", "preemption", "capacity", "internal"]
 
 # No restart cures these: what was asked for cannot be, or another attempt has taken over.
-FATAL = {"ConfigError", "ConfigChangedError", "MismatchError", "LevelsError", "PlanError", "StaleAttemptError"}
+FATAL = {
+    "ConfigError",
+    "KernelError",
+    "CompilerError",
+    "ConfigChangedError",
+    "MismatchError",
+    "LevelsError",
+    "PlanError",
+    "StaleAttemptError",
+}
 # These come from outside and pass; the text of one outage is the same each time.
 TRANSIENT = {"StoreError", "SaveFailedError", "FirstRankError"}
 # The rank's device is at fault, not the program: another node cures it.

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from benchmarks import _forked as forked
 from nltrain.checkpoint import CheckpointConfig
 from nltrain.fragment import Fragment
 from nltrain.store import Store, StoreError
-from tests import forked
 
 # Awkward sizes: odd, prime, smaller than the number of ranks, empty; and every element size.
 TENSORS = {

@@ -26,6 +26,13 @@ def test_an_allowed_change_is_returned(pattern):
     assert [d.field for d in check_config(STORED, present, (pattern,))] == ["data.workers"]
 
 
+def test_a_field_newer_than_the_checkpoint_is_no_change_where_it_may_change():
+    present = STORED | {"model": {"kernel": "auto"}}
+    assert check_config(STORED, present, ("model.kernel",)) == []
+    with pytest.raises(ConfigChangedError, match=r"model\.kernel"):
+        check_config(STORED, present)
+
+
 def test_an_emptied_list_is_a_difference():
     assert [d.field for d in differences({"a": [1]}, {"a": []})] == ["a"]
 

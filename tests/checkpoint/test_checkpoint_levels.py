@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks._level_toys import SEQ_LEN, Toy, batch, gathered, levels, train, worst_error
 from nltrain.checkpoint import Checkpointer, capture_rng, restore_rng
 from nltrain.checkpoint.manifest import checkpoint_name
 from nltrain.checkpoint.stored import StoredCheckpoint
@@ -18,7 +19,6 @@ from nltrain.checkpoint.tools import export, read_exported
 from nltrain.levels.scheduler import LevelScheduler
 from nltrain.store import open_store
 from tests.checkpoint.support import run_ranks, settings
-from tests.levels.toys import SEQ_LEN, Toy, batch, gathered, levels, train, worst_error
 
 MAX_RELATIVE_ERROR = 5e-6
 SEQUENCES = 12  # of a quantum

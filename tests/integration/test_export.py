@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks._level_toys import SEQ_LEN, levels, train
 from nltrain.checkpoint import Checkpointer
 from nltrain.checkpoint.errors import MismatchError
 from nltrain.checkpoint.exported import load_model
@@ -16,7 +17,6 @@ from nltrain.levels.scheduler import LevelScheduler
 from nltrain.model import LanguageModel, ModelConfig, build, preset
 from nltrain.store import open_store
 from tests.checkpoint.support import run_ranks, settings
-from tests.levels.toys import SEQ_LEN, levels, train
 
 SEQUENCES = 4  # of a quantum
 DTYPES = ("fp32", "bf16")  # of what the forward computes with

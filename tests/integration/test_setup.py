@@ -10,7 +10,7 @@ SETUP = str(ROOT / "cluster" / "setup.py")
 ONE_TICK = """
 import tempfile, torch.distributed as dist
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels.toys import SEQ_LEN, Toy, levels, train
+from benchmarks._level_toys import SEQ_LEN, Toy, levels, train
 with tempfile.NamedTemporaryFile() as meeting:
     dist.init_process_group("gloo", init_method=f"file://{meeting.name}", rank=0, world_size=1)
     model = Toy()

@@ -1,14 +1,16 @@
 """The cost formulas of kernels/cost.py against counted runs."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from kernels import MemoryRule, chunk
+from benchmarks._memory_cases import leaves, make_case, with_leaves
+from kernels import MemoryRule, Weights, chunk
 from kernels.cost import forward_flops_per_token
-from tests.kernels.helpers import leaves, make_case, with_leaves
 
 
 def _solve_flops(a: tuple[int, ...], b: tuple[int, ...], *_: object, **__: object) -> int:
@@ -46,7 +48,7 @@ def test_recomputing_keeps_states_that_grow_with_the_square_root(monkeypatch: py
     rule = MemoryRule(chunk_mem=16, chunk_other=16)
     kept: list[int] = []
 
-    def counted(function, start, run, *rest, **options):
+    def counted(function: Any, start: Weights, run: Weights, *rest: Any, **options: Any) -> Any:
         kept[-1] += sum({w.untyped_storage().data_ptr(): w.nbytes for w in (*start, *run) if w is not None}.values())
         return checkpoint(function, start, run, *rest, **options)
 

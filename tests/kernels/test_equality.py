@@ -6,13 +6,14 @@ leave these bounds out run with a smaller eta_max instead; `errors` asserts that
 
 from dataclasses import replace
 from itertools import combinations
+from types import ModuleType
 
 import pytest
 import torch
 
+from benchmarks._memory_cases import DEVICE, Case, errors, evaluate, leaves, make_case, relative, with_leaves
 from kernels import MemoryRule, chunk, naive
 from kernels.layout import build_layout
-from tests.kernels.helpers import DEVICE, errors, evaluate, leaves, make_case, relative, with_leaves
 
 FORWARD, BACKWARD = 1e-12, 1e-10
 
@@ -113,7 +114,7 @@ def _rule(option: dict, chunk: int) -> MemoryRule:
     return MemoryRule(**{"chunk_mem": chunk, "chunk_other": chunk, **option})
 
 
-def _check(case) -> None:
+def _check(case: Case) -> None:
     forward, backward = errors(case)
     assert forward <= FORWARD, forward
     assert backward <= BACKWARD, backward
@@ -146,7 +147,7 @@ def test_a_chunk_longer_than_a_block_is_cut_exactly() -> None:
 
 
 @pytest.mark.parametrize("form", [naive, chunk])
-def test_a_saved_state_continues_the_sequence(form) -> None:
+def test_a_saved_state_continues_the_sequence(form: ModuleType) -> None:
     for rule in (MemoryRule(chunk_mem=8, chunk_other=4), MemoryRule(chunk_mem=8, chunk_other=8, momentum=True)):
         case = make_case(rule, 30, 2, documents=0.1)
         want, final = form.self_modify(case.inputs, case.initial, rule, None, case.document_starts)
@@ -241,7 +242,7 @@ def test_finite_differences_agree_with_the_outer_gradient() -> None:
         named = {n: t.clone().requires_grad_() for n, t in leaves(case).items()}
         names = list(named)
 
-        def outputs(*tensors: torch.Tensor, case=case, names=names) -> torch.Tensor:
+        def outputs(*tensors: torch.Tensor, case: Case = case, names: list[str] = names) -> torch.Tensor:
             live = with_leaves(case, dict(zip(names, tensors, strict=True)))
             return chunk.self_modify(live.inputs, live.initial, live.rule)[0]
 

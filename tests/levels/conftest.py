@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.levels.ranks import Case, CaseFailed, run_cases
+from benchmarks._ranks import Case, CaseFailed, run_cases
 
 WRITERS = 2  # the world size whose cases save what others load: it always runs first
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks._level_toys import SEQ_LEN, VOCAB, gathered, train, train_dense, worst_error
+from benchmarks._ranks import Ranks
 from nltrain.levels.config import NO_DECAY, LevelConfig, LevelsConfig, LevelsError
 from nltrain.levels.layout import FlatLayout, RowLayout, joined
 from nltrain.levels.plan import plan_levels
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels.ranks import Ranks
-from tests.levels.toys import SEQ_LEN, VOCAB, gathered, train, train_dense, worst_error
 
 WIDTH, SEQUENCES, LR, DECAY = 13, 6, 1e-2, 0.5
 

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from benchmarks._level_toys import NAMES, SEQ_LEN, Toy, batch, gathered, levels, train
+from benchmarks._ranks import Ranks
 from nltrain.levels.guard import COUNTS, HISTORY, NOT_FINITE, SPIKE, LossGuard, judge_ranks
 from nltrain.levels.ledger import Ledger
 from nltrain.levels.scheduler import LevelScheduler, TrainingStopped
-from tests.levels.ranks import Ranks
-from tests.levels.toys import NAMES, SEQ_LEN, Toy, batch, gathered, levels, train
 
 STAGES = {"zero1": (1, 1, 1, 1), "zero2": (2, 2, 2, 2), "zero3": (3, 3, 3, 3), "mix": (3, 2, 1, 1)}
 MICRO_BATCH, QUANTA = 2, 12  # two micro-steps per quantum

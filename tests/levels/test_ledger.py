@@ -7,13 +7,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks._level_cases import MODES, count
+from benchmarks._level_toys import SEQ_LEN, Toy, levels, relative_error, train
+from benchmarks._ranks import Ranks
 from nltrain.levels.config import LevelConfig, LevelsConfig
-from nltrain.levels.ledger import CONTROL, FOLD, OTHER, Ledger, predicted_bytes
+from nltrain.levels.ledger import FOLD, OTHER, Ledger
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels.ranks import Ranks
-from tests.levels.toys import NAMES, SEQ_LEN, Toy, levels, relative_error, train
-
-MODES = {"local": 1, "sharded": 2, "gathered": 3}
 
 
 def collectives(ranks: Ranks) -> dict[str, float]:
@@ -40,61 +39,6 @@ def collectives(ranks: Ranks) -> dict[str, float]:
     dist.all_reduce(x.clone())
     found["after_close"] = ledger.rows[OTHER].num_bytes
     return found
-
-
-def count(mode: str, dtype: str, reduce_dtype: str, accumulate: int, ranks: Ranks) -> dict:
-    """Measured and predicted payload of every level over 16 quanta."""
-    micro_batch, quanta = 1, 16
-    quantum = accumulate * micro_batch * ranks.world_size * SEQ_LEN
-    config = levels(
-        quantum,
-        (1, 2, 4, 8),
-        (MODES[mode],) * 4,
-        {"optimizer": "sgd", "lr": 0.1},
-        dtype=dtype,
-        reduce_dtype=reduce_dtype,
-        prefetch_elements=0,
-    )
-    model = Toy()
-    scheduler = LevelScheduler(model, config, SEQ_LEN)
-    ledger = scheduler.ledger
-    rows = {name: [] for name in NAMES}
-    elements = []
-    for quantum_index in range(quanta):
-        before = {name: ledger.payload(name) for name in NAMES}
-        touched = dict(ledger.optimizer_elements)
-        ticks = train(model, scheduler, ranks.rank, ranks.world_size, range(quantum_index, quantum_index + 1), 1)
-        due = {tick.name for tick in ticks}
-        for name in NAMES:
-            rows[name].append((name in due, ledger.payload(name) - before[name]))
-            elements.append((name in due, ledger.optimizer_elements.get(name, 0) - touched.get(name, 0)))
-    weight_bytes = 2 if dtype == "bf16" else 4
-    ratios = {}
-    for name, engine in scheduler.engines.items():
-        expected = predicted_bytes(
-            mode,
-            engine.num_parameters,
-            ranks.world_size,
-            scheduler.counts[name]["done"],
-            quanta * accumulate,
-            2 if reduce_dtype == "bf16" and name == "base" else 4,
-            weight_bytes,
-        )
-        ratios[name] = ledger.payload(name) / expected
-    result = {
-        "ratios": ratios,
-        "offbeat_bytes": sum(sent for name in NAMES for due, sent in rows[name] if not due),
-        "offbeat_elements": sum(n for due, n in elements if not due),
-        "due_elements": sum(n for due, n in elements if due),
-        "control": sum(ledger.charged(name, CONTROL) for name in (*NAMES, "-")),
-        "fold": sum(ledger.charged(name, FOLD) for name in NAMES),
-        "other": ledger.rows[OTHER].num_bytes if OTHER in ledger.rows else 0,
-        "tick_bytes": sum(tick.num_bytes for tick in ticks),
-    }
-    scheduler.fold()
-    result["fold_of_empty_windows"] = sum(ledger.charged(name, FOLD) for name in NAMES)
-    scheduler.close()
-    return result
 
 
 def folding(ranks: Ranks) -> dict:

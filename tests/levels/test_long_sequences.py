@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks._level_toys import VOCAB, Toy, gathered, levels, relative_error
+from benchmarks._ranks import Ranks
 from nltrain.data import Batch
 from nltrain.levels.groups import Group
 from nltrain.levels.guard import COUNTS, judge_ranks
@@ -20,8 +22,6 @@ from nltrain.levels.quantum import cut_quantum
 from nltrain.levels.scheduler import LevelScheduler
 from nltrain.levels.window import LocalWindow
 from nltrain.model import build, preset
-from tests.levels.ranks import Ranks
-from tests.levels.toys import VOCAB, Toy, gathered, levels, relative_error
 
 SEQ_LEN, SEQUENCES, MICRO_BATCH = 4096, 128, 2
 

@@ -5,9 +5,9 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks._level_toys import SEQ_LEN, Toy, gathered, levels, train
+from benchmarks._ranks import Ranks
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels.ranks import Ranks
-from tests.levels.toys import SEQ_LEN, Toy, gathered, levels, train
 
 STAGES = {"zero1": (1, 1, 1, 1), "zero2": (2, 2, 2, 2), "zero3": (3, 3, 3, 3)}
 

@@ -4,86 +4,9 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-import torch
-from torch import nn
 
-from nltrain.levels.scheduler import LevelScheduler
-from tests.levels.ranks import Ranks
-from tests.levels.toys import SEQ_LEN, Toy, gathered, hope_tiny, levels, train, train_dense, worst_error
-
-STAGES = {
-    "zero1": (1, 1, 1, 1),
-    "zero2": (2, 2, 2, 2),
-    "zero3": (3, 3, 3, 3),
-    "mix3211": (3, 2, 1, 1),
-    "mix1231": (1, 2, 3, 1),
-}
-OPTIMIZERS = {
-    "sgd": {"optimizer": "sgd", "lr": 0.3, "weight_decay": 0.01},
-    "momentum": {"optimizer": "sgd", "lr": 0.1, "momentum": 0.9},
-    "adamw": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.1, "betas": (0.9, 0.95)},
-}
-# With a clip so tight that every tick clips, and without.
-CLIPS = {"clip": 0.05, "free": None}
-QUANTA = 64  # one micro-step each: periods are 1, 2, 8 and 32 micro-steps
-
-
-def half_an_ulp(model: nn.Module) -> None:
-    """Changes every weight by about half a unit in its last place."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1 + 2**-24 * torch.randn(parameter.shape, generator=generator))
-
-
-def parity(
-    make: Callable[[], nn.Module],
-    stages: str,
-    optimizer: str,
-    clip: str,
-    dtype: str,
-    micro_batch: int,
-    accumulate: int,
-    ranks: Ranks,
-) -> dict[str, float]:
-    """Worst error over the tensors after QUANTA micro-steps, absolute and relative to how far the reference moved."""
-    quantum = micro_batch * ranks.world_size * SEQ_LEN * accumulate
-    config = levels(
-        quantum,
-        stages=STAGES[stages],
-        shared={**OPTIMIZERS[optimizer], "clip_norm": CLIPS[clip]},
-        dtype=dtype,
-        # Several groups per level, and parameters larger than a group, for a model of either size.
-        bucket_elements=2_000 if make is Toy else 20_000,
-    )
-    model = make()
-    scheduler = LevelScheduler(model, config, SEQ_LEN)
-    quanta = range(QUANTA // accumulate)
-    ticks = train(model, scheduler, ranks.rank, ranks.world_size, quanta, micro_batch)
-    weights = gathered(scheduler)
-    counts = scheduler.counts
-    scheduler.close()
-    if ranks.rank:
-        return {}
-    reference, start = make(), dict(make().named_parameters())
-    train_dense(reference, config, quanta, micro_batch, ranks.world_size)
-    twin_error = 0.0
-    if make is not Toy and optimizer == "adamw":
-        twin = make()
-        half_an_ulp(twin)
-        train_dense(twin, config, quanta, micro_batch, ranks.world_size)
-        twin_error = worst_error(dict(twin.named_parameters()), reference.named_parameters())
-    moved = {name: value.detach() - start[name].detach() for name, value in reference.named_parameters()}
-    return {
-        "error": worst_error(weights, reference.named_parameters()),
-        "relative_to_change": max(
-            ((weights[name] - start[name].detach() - change).norm() / change.norm()).item()
-            for name, change in moved.items()
-        ),
-        "twin_error": twin_error,
-        "ticks": len(ticks),
-        **{f"due_{name}": count["due"] for name, count in counts.items()},
-    }
+from benchmarks._level_cases import CLIPS, STAGES, parity
+from benchmarks._level_toys import Toy, hope_tiny
 
 
 def _case(stages: str, optimizer: str, clip: str, dtype: str, accumulate: int = 1, make: Callable = Toy):

@@ -1,30 +1,27 @@
 """bf16 on the wire is for the level that is due every quantum; windows of slow levels and folds stay fp32."""
 
-from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-from torch import Tensor, nn
 
+from benchmarks._level_cases import REDUCE_SEQUENCES, base_gradient
+from benchmarks._level_toys import SEQ_LEN, Toy, gathered, hope_tiny, levels, relative_error, train
+from benchmarks._ranks import Ranks
 from nltrain.levels.config import LevelsError
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels.ranks import Ranks
-from tests.levels.toys import SEQ_LEN, Toy, gathered, hope_tiny, levels, relative_error, train
-
-SEQUENCES = 24  # per quantum: the same ones on every number of ranks
 
 
 def slow_levels(reduce_dtype: str, ranks: Ranks) -> dict:
     """Base stands still, so that the slow levels' gradients do not depend on how base's are reduced."""
     made = levels(
-        SEQUENCES * SEQ_LEN,
+        REDUCE_SEQUENCES * SEQ_LEN,
         (1, 2, 4, 8),
         (2, 2, 1, 1),
         {"optimizer": "sgd", "lr": 0.3, "clip_norm": None, "phase_tokens": 0},
         {"base": {"lr": 0.0}},
         reduce_dtype=reduce_dtype,
-        fold_every_tokens=3 * SEQUENCES * SEQ_LEN,
+        fold_every_tokens=3 * REDUCE_SEQUENCES * SEQ_LEN,
         bucket_elements=2000,
     )
     model = Toy()
@@ -34,28 +31,6 @@ def slow_levels(reduce_dtype: str, ranks: Ranks) -> dict:
     found["folded"] = {n: f.tensor.clone() for n, f in scheduler.fragments().items() if n.endswith(".window")}
     scheduler.close()
     return found
-
-
-def base_gradient(make: Callable[[], nn.Module], stage: int, ranks: Ranks) -> float:
-    """||g_bf16 - g_fp32|| / ||g_fp32|| of base's mean gradient over one quantum, read off an SGD step of lr 1."""
-    change: dict[str, list[Tensor]] = {}
-    for reduce_dtype in ("fp32", "bf16"):
-        per_level = {name: {"lr": 0.0} for name in ("fast", "mid", "slow")}
-        shared = {"optimizer": "sgd", "lr": 1.0, "clip_norm": None}
-        made = levels(SEQUENCES * SEQ_LEN, (1, 2, 4, 8), (stage, 1, 1, 1), shared, per_level, reduce_dtype=reduce_dtype)
-        model = make()
-        scheduler = LevelScheduler(model, made, SEQ_LEN)
-        train(model, scheduler, ranks.rank, ranks.world_size, range(1), 2)
-        weights = gathered(scheduler)
-        scheduler.close()
-        start = dict(make().named_parameters())
-        change[reduce_dtype] = [
-            weights[name] - start[name].detach() for name in weights if ranks.rank == 0 and "cms" not in name
-        ]
-    if ranks.rank:
-        return 0.0
-    exact, rounded = (torch.cat([x.flatten() for x in change[dtype]]) for dtype in ("fp32", "bf16"))
-    return ((rounded - exact).norm() / exact.norm()).item()
 
 
 STAGES = (1, 2, 3)

@@ -9,14 +9,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks._level_toys import MLP, SEQ_LEN, VOCAB, WIDTH, batch, gathered, worst_error
+from benchmarks._ranks import Ranks
 from nltrain.levels.config import LevelConfig, LevelsConfig
 from nltrain.levels.groups import Group
 from nltrain.levels.layout import FlatLayout, RowLayout
 from nltrain.levels.ledger import Ledger
 from nltrain.levels.scheduler import LevelScheduler
 from nltrain.levels.window import ReductionOrder, ShardedWindow
-from tests.levels.ranks import Ranks
-from tests.levels.toys import MLP, SEQ_LEN, VOCAB, WIDTH, batch, gathered, worst_error
 
 TRIALS = 40
 LEVELS = {"a": [[3, 5], [4], [2, 2, 2]], "b": [[8], [6, 1]], "c": [[4], [4], [4]]}  # elements per parameter and group

@@ -6,10 +6,10 @@ from functools import partial
 import pytest
 import torch
 
+from benchmarks._level_toys import SEQ_LEN, Toy, gathered, levels, relative_error, train
+from benchmarks._ranks import Ranks
 from nltrain.fragment import Fragment
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels.ranks import Ranks
-from tests.levels.toys import SEQ_LEN, Toy, gathered, levels, relative_error, train
 
 SEQUENCES, MICRO_BATCH = 12, 2
 SAVED_AT, END = 5, 12  # quanta: every slow window (periods 2, 4, 8) is open at the save

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks._level_toys import NAMES, SEQ_LEN, Toy, batch, gathered, levels, train, train_dense, worst_error
+from benchmarks._ranks import Ranks
 from nltrain.levels.config import LevelsError, ScheduleConfig
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels.ranks import Ranks
-from tests.levels.toys import NAMES, SEQ_LEN, Toy, batch, gathered, levels, train, train_dense, worst_error
 
 MIX = (3, 2, 1, 1)
 

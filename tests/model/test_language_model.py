@@ -1,14 +1,15 @@
 """Properties every family keeps: causality, streaming, documents, gradients everywhere, loss and generation."""
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks._memory_cases import DEVICE
 from nltrain.model import LanguageModel, ModelConfig, build
-from tests.kernels.helpers import DEVICE
 from tests.model.configs import ALL_CONFIGS, small
 
 NUM_TOKENS = 40
@@ -188,7 +189,7 @@ def test_reading_a_prompt_costs_the_memory_of_one_piece() -> None:
     class Largest(TorchDispatchMode):
         values = 0
 
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             out = func(*args, **(kwargs or {}))
             if isinstance(out, Tensor):
                 self.values = max(self.values, out.numel())

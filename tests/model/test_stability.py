@@ -3,12 +3,12 @@
 import pytest
 import torch
 
+from benchmarks._memory_cases import DEVICE
 from benchmarks._texts import TEXTS, text
 from benchmarks.stability import ALPHAS, ATTACK_SIZES, BOUND, NUM_SEEDS, at_chunk, attack, config_of, judge, push_gates
 from kernels import MemoryRule
 from nltrain.model import LanguageModel, build
 from nltrain.model.packing import Packing
-from tests.kernels.helpers import DEVICE
 from tests.model.configs import small
 
 REPETITIONS = ("constant", "period 2", "runs of 200")

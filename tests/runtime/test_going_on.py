@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from benchmarks import _forked as forked
 from nltrain.checkpoint import fence
 from nltrain.checkpoint.catalog import attempts, claim_attempt, list_checkpoints, read_manifest
 from nltrain.config import override
@@ -28,7 +29,6 @@ from nltrain.network import free_ports
 from nltrain.store import open_store
 from nltrain.supervision import Unsupervised
 from nltrain.track.metrics import effective, read_rows
-from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 QUANTA = 8

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing
 
+from benchmarks import _forked as forked
 from nltrain.config import override
 from nltrain.data import train_tokenizer
 from nltrain.data.prepare import PrepareConfig, prepare, stdlib_corpus
@@ -28,7 +29,6 @@ from nltrain.supervision import Wish
 from nltrain.track.metrics import read_rows
 from nltrain.track.progress import Meter
 from nltrain.track.record import claim_folder
-from tests import forked
 
 ROOT = Path(__file__).resolve().parents[2]
 QUANTA, LEAVE_AFTER = 12, 5

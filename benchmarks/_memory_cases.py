@@ -14,6 +14,8 @@ DEVICE = os.environ.get("NLTRAIN_TEST_DEVICE", "cpu")
 
 
 class Case(NamedTuple):
+    """The arguments of one call."""
+
     rule: MemoryRule
     inputs: Inputs
     initial: Initial
@@ -22,6 +24,8 @@ class Case(NamedTuple):
 
 
 class Result(NamedTuple):
+    """What one call gave, and its gradients by the leaves of the case."""
+
     output: Tensor
     state: dict[str, Tensor]
     gradients: dict[str, Tensor | None]
@@ -64,6 +68,7 @@ def leaves(case: Case) -> dict[str, Tensor]:
 
 
 def with_leaves(case: Case, named: dict[str, Tensor]) -> Case:
+    """The case with other tensors, by the names of `leaves`."""
     inputs = Inputs(*(named.get(f"inputs.{n}") for n in Inputs._fields))  # type: ignore[arg-type]
     weights = Weights(*(named.get(f"initial.{n}") for n in Weights._fields))  # type: ignore[arg-type]
     return case._replace(inputs=inputs, initial=Initial(weights, named["slow"], named["bias"]))

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests import forked
+from benchmarks import _forked as forked
 
 
 @dataclass(frozen=True)

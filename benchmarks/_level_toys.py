@@ -20,18 +20,23 @@ NAMES = ("base", "fast", "mid", "slow")
 
 
 class MLP(nn.Module):
+    """x plus a two-layer GELU perceptron."""
+
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down = nn.Linear(WIDTH, HIDDEN), nn.Linear(HIDDEN, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., WIDTH] to the same shape."""
         return x + self.down(F.gelu(self.up(x)))
 
 
 class Model(Protocol):
-    """What these tests train: Toy, or a language model with levels of the same names."""
+    """What the cases train: Toy, or a language model with levels of the same names."""
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor: ...
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy in nats, summed over targets other than -100."""
+        ...
 
 
 class Toy(nn.Module):
@@ -45,12 +50,14 @@ class Toy(nn.Module):
             self.cms = nn.ModuleDict({name: MLP() for name in NAMES[1:]})
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """int64 tokens [B, T] to logits [B, T, VOCAB]."""
         x = self.embed(tokens)
         for level in self.cms.values():
             x = level(x)
         return self.head(self.norm(x))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy in fp32 nats, summed over targets other than -100."""
         logits = self(tokens).float()
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
 
@@ -69,7 +76,7 @@ def levels(
     stages: tuple[int, ...] = (1, 1, 1, 1),
     shared: dict | None = None,
     per_level: dict[str, dict] | None = None,
-    **config,
+    **config: Any,
 ) -> LevelsConfig:
     """Periods in quanta of `quantum` tokens."""
     made = []
@@ -128,7 +135,7 @@ def train(
 class Dense:
     """The definition: one process, the whole batch, one plain optimizer per level, mean gradient over the window."""
 
-    def __init__(self, model: nn.Module, config: LevelsConfig, sets: dict[str, list[nn.Parameter]]):
+    def __init__(self, model: nn.Module, config: LevelsConfig, sets: dict[str, list[nn.Parameter]]) -> None:
         self.model, self.config, self.sets, self.tokens = model, config, sets, 0
         made = config.resolved()
         phases = staggered_phases([c.period_tokens for c in made], [c.phase_tokens for c in made], config.quantum)
@@ -150,11 +157,13 @@ class Dense:
                 )
 
     def micro_step(self, loss_sum: Tensor, num_targets: int) -> None:
+        """Backward of a summed loss; counts its targets for every level."""
         loss_sum.backward()
         for name in self.sets:
             self.targets[name] += num_targets
 
     def finish_quantum(self) -> None:
+        """Advances T by a quantum and steps every level that is due."""
         before, self.tokens = self.tokens, self.tokens + self.config.quantum
         for name, c in self.levels.items():
             if not self.clocks[name].due(before, self.tokens):
@@ -188,6 +197,7 @@ def _decays(level: LevelConfig, path: str, parameter: nn.Parameter) -> bool:
 
 
 def level_sets(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters of each level, by its name; base has all that no memory level has."""
     sets = {
         name: [p for path, p in model.named_parameters() if fnmatchcase(path, f"*cms.{name}.*")] for name in NAMES[1:]
     }
@@ -225,4 +235,5 @@ def gathered(scheduler: LevelScheduler) -> dict[str, Tensor]:
 
 
 def worst_error(weights: dict[str, Tensor], reference: Iterator[tuple[str, Tensor]]) -> float:
+    """The largest `relative_error` of any tensor."""
     return max(relative_error(weights[name], value.detach()) for name, value in reference)
