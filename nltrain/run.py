@@ -145,7 +145,7 @@ class Run:
     # ---- beats of the loop, in order ---------------------------------------------------------------------------------
 
     def resume(self) -> None:
-        """Go on from the newest sound checkpoint of this run, or start afresh; prints which."""
+        """Go on from the newest sound checkpoint of this run, or start afresh; says which."""
         may_change = MAY_CHANGE + (OF_THE_DATA if self.config.checkpoint.other_data else ())
         loaded = self.checkpoints.resume(self._fragments_saved_with, to_dict(self.config), may_change)
         if loaded:
