@@ -40,13 +40,17 @@ class Setting:
     every_tokens: int
     """Tokens between two evaluations, rounded up to whole quanta; 0: only at the end of the run."""
     quantum_tokens: int
+    """Tokens from one possible evaluation to the next: `due` is asked at whole multiples."""
     total_tokens: int
     """T at the end of the run, a whole number of quanta."""
     reference_max_tokens: int
     """Count the text's unigram and bigram entropies when it has at most this many training tokens."""
     rank: int
+    """This rank."""
     world_size: int
+    """Ranks that evaluate together."""
     device: torch.device
+    """Device of the model on this rank."""
 
     def due(self, tokens: int) -> bool:
         """The cadence of the validation: in the quantum in which floor(T / every_tokens) grows, and at the end."""
