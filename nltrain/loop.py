@@ -1,7 +1,7 @@
-"""The training loop. What each beat does stands in `run.py`; who steps when is decided in `levels/`.
+"""The training loop. `run.py` says what each beat does; `levels/` decides which level steps when.
 
 The way of a token: plan -> S3 range read -> tokens -> model -> loss -> backward -> each level accumulates -> the clock
-ticks -> due levels reduce, clip, step, gather -> metrics -> maybe checkpoint, maybe validation -> next.
+ticks -> due levels reduce, clip, step, gather -> metrics -> maybe checkpoint, maybe evaluations -> next.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ def train(config: RunConfig, supervision: Supervision | None = None) -> dict[str
     """Start the run that `config` describes, or go on with it, until its last quantum; every rank calls this.
 
     torch.distributed must be initialised. Returns the run's summary on rank 0 and the counts of the levels elsewhere;
-    where `supervision` asked to leave before the end, {"left": why, "tokens": T of the checkpoint} on every rank.
+    where `supervision` asks to leave before the end, {"left": why, "tokens": T, "checkpoint": its name} on every rank.
     Raises ConfigError, StoreError, DataError or CheckpointError with one line that says what to do.
     """
     with Run(config, supervision) as run:
@@ -29,9 +29,9 @@ def train(config: RunConfig, supervision: Supervision | None = None) -> dict[str
             ticks = run.levels.finish_quantum()
             run.log(ticks)
             if run.checkpoint_is_due():
-                run.save()  # first: what validation does to a run must not cost what was trained
-            if run.validation_is_due():
-                run.validate()
+                run.save()  # first: an evaluation that fails must not lose what was trained
+            for evaluation in run.due_evaluations():
+                run.evaluate(evaluation)
             if run.must_leave():
                 return run.leave()
         return run.finish()

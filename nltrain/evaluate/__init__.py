@@ -1,1 +1,4 @@
-"""What a model is worth: loss on held-out text beside what counting achieves, and a sample."""
+"""What a model is worth: evaluations on held-out text during training, and a sample of text.
+
+`registry.py` says how to add an evaluation.
+"""

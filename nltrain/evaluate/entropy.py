@@ -54,7 +54,7 @@ def bigram_entropy(train: Iterable[np.ndarray], validation: Iterable[np.ndarray]
 
 
 def reference_entropies(train: TokenDataset, validation: TokenDataset) -> ReferenceEntropies:
-    """Both figures of a prepared dataset; reads both splits once."""
+    """Both entropies of a prepared dataset; reads each split once. Raises DataError or StoreError."""
     train_streams, validation_streams = list(train.tokens_by_group()), list(validation.tokens_by_group())
     return ReferenceEntropies(
         unigram_entropy(train_streams, validation_streams, train.vocab_size),
@@ -63,6 +63,7 @@ def reference_entropies(train: TokenDataset, validation: TokenDataset) -> Refere
 
 
 def _add_one(streams: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
+    """[V] probabilities of add-one counts."""
     counts = np.ones(vocab_size)
     for stream in streams:
         counts += np.bincount(stream, minlength=vocab_size)
@@ -70,5 +71,5 @@ def _add_one(streams: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
 
 
 def _pairs(streams: Iterable[np.ndarray], vocab_size: int) -> np.ndarray:
-    """Each neighbouring pair (a, b) as a * vocab_size + b."""
+    """Each pair of neighbours (a, b) as a * vocab_size + b; [num_pairs] int64."""
     return np.concatenate([stream[:-1].astype(np.int64) * vocab_size + stream[1:] for stream in streams])

@@ -2,18 +2,20 @@
 
 import torch
 
-from nltrain.config import TrainConfig
 from nltrain.data import TokenDataset
 from nltrain.model import LanguageModel
 
 
-def sample_text(model: LanguageModel, dataset: TokenDataset, config: TrainConfig, device: torch.device) -> str:
-    """`config.sample_tokens` tokens that the model writes from the start of a document; the same on every rank."""
+def sample_text(model: LanguageModel, dataset: TokenDataset, num_tokens: int, seed: int, device: torch.device) -> str:
+    """`num_tokens` tokens that the model writes from the start of a document; the same text on every rank.
+
+    At ZeRO-3 a collective: call it on every rank.
+    """
     was_training = model.training
     model.eval()
     first = dataset.manifest.separator_id or 0
-    generator = torch.Generator(device).manual_seed(config.seed)
+    generator = torch.Generator(device).manual_seed(seed)
     start = torch.tensor([[first]], device=device)
-    tokens = model.generate(start, config.sample_tokens, temperature=0.8, generator=generator)
+    tokens = model.generate(start, num_tokens, temperature=0.8, generator=generator)
     model.train(was_training)
     return dataset.tokenizer().decode(tokens[0, 1:].tolist())

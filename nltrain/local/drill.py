@@ -25,7 +25,8 @@ from nltrain.local.embedded_s3 import EmbeddedS3
 from nltrain.local.fault_proxy import FaultProxy
 from nltrain.local.processes import Owner
 from nltrain.store import open_store
-from nltrain.track.metrics import Row, read_rows
+from nltrain.track.metrics import read_rows
+from nltrain.track.rows import Row
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "drill"
@@ -232,16 +233,16 @@ class Job:
     def wait_for_tokens(self, tokens: int, timeout_s: float) -> int:
         return self.wait_until(f"T >= {tokens:,}", lambda: (t := self.tokens()) >= tokens and t, timeout_s)
 
-    def wait_for_attempt(self, timeout_s: float, **values: Any) -> Row:
+    def wait_for_attempt(self, timeout_s: float, **values: Any) -> dict[str, Any]:
         """The newest attempt, once it has these values and has trained a step."""
 
-        def trains() -> Row | None:
+        def trains() -> dict[str, Any] | None:
             attempts, steps = self.rows("attempt"), self.rows("step")
             last = attempts[-1] if attempts else None
             if last is None or any(last[name] != value for name, value in values.items()):
                 return None
             after = [step for step in steps if step["attempt"] == last["attempt"]]
-            return last | {"first_step_s": after[0]["time_s"]} if after else None
+            return last.to_json() | {"first_step_s": after[0]["time_s"]} if after else None
 
         return self.wait_until(f"an attempt with {values}", trains, timeout_s)
 

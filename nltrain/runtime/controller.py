@@ -42,7 +42,7 @@ from nltrain.runtime.probe import DeviceRefusedError, driver_problem, read_drive
 from nltrain.runtime.sizes import Sizes
 from nltrain.runtime.strikes import Place, Strikes, note_strike
 from nltrain.runtime.worker import ask_to_leave, on_sigterm, wait_until_left
-from nltrain.store import MissingObjectError, StoreError, open_store
+from nltrain.store import StoreError, open_store
 from nltrain.supervision import Wish
 from nltrain.track.events import behind, put_event, read_events
 from nltrain.track.status import read_history
@@ -207,7 +207,7 @@ class JudgedFailures(FailurePolicy):
     def _reached(self) -> int | None:
         """The highest T that the run has shown; None where the store cannot say."""
         try:
-            return read_history(self._store(), self.config.name, MissingObjectError).get("max_tokens", 0)
+            return read_history(self._store(), self.config.name).get("max_tokens", 0)
         except StoreError:
             return None
 

@@ -16,7 +16,7 @@ from nltrain.errors import UserError
 from nltrain.places import split_url
 from nltrain.store import MissingObjectError, open_store
 from nltrain.track.events import newest_attempt, read_events
-from nltrain.track.progress import duration
+from nltrain.track.lines import duration
 from nltrain.track.status import EVERY_S, KEY
 
 # A run publishes every few seconds while it trains; one that has been silent for longer is saving, stuck or gone.

@@ -1,4 +1,4 @@
-"""What is logged, how often, and where it can be watched."""
+"""What is logged, how often, and where it is shown."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -1,9 +1,9 @@
-"""What happened to a run from outside of it, kept beside its checkpoints: why a group of workers came to its end.
+"""Events that happened to a run from outside, kept beside its checkpoints: why a group of workers ended.
 
-Written by the controller (a failure, a resize, a strike against a node) and the watchdogs (a rank is stuck; a hang: it
-was killed for it), one small object each, because the machine that noticed need not be the one that keeps the metrics.
-Keys: `<run>/events/<attempt>-<unix ms>-<kind>-<who>.json`. What belongs to which attempt is told by the number of the
-newest attempt, never by a clock: those of machines differ.
+The controller writes them (a failure, a resize, a strike against a node) and the watchdogs (a rank is stuck; a hang:
+the watchdog killed it), one small object each, because the machine that noticed need not be the one that keeps the
+metrics. Keys: `<run>/events/<attempt>-<unix ms>-<kind>-<who>.json`. An event belongs to the attempt that was the newest
+when it was written; no clock decides this, because clocks of machines differ.
 """
 
 import json
@@ -12,21 +12,25 @@ import time
 from collections.abc import Collection
 from typing import Any
 
-from nltrain.track.metrics import EventStore, Row
+from nltrain.store import Store
+
+Event = dict[str, Any]
+"""`kind`, `attempt`, `time_s` and what its author adds: `reason`, `rank`, `silent_s`, ..."""
 
 # States of a Linux process: stopped, traced, in a system call that cannot be interrupted.
 _NOT_RUNNING = ("T", "t", "D")
 _EVENT = re.compile(r"(?:(?P<attempt>\d{6,14})-)?(?P<ms>\d{15})-(?P<kind>[^-]+)-")
 
 
-def newest_attempt(store: EventStore, run: str) -> int:
+def newest_attempt(store: Store, run: str) -> int:
     """The number of the run's newest attempt; 0 where none has begun."""
     names = (item.key.rsplit("/", 1)[-1].removesuffix(".json") for item in store.list(f"{run}/attempts/"))
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def put_event(store: EventStore, run: str, kind: str, who: str, **values: Any) -> None:
-    """Keep one event of the newest attempt. `who` tells events of the same moment apart: "controller", "rank_0001"."""
+def put_event(store: Store, run: str, kind: str, who: str, **values: Any) -> None:
+    """Write one event of the newest attempt. `who` ("controller", "rank_0001") is part of the key, so that two authors
+    never overwrite each other. Raises StoreError."""
     now_s, attempt = time.time(), newest_attempt(store, run)
     body = {"kind": kind, "attempt": attempt, "time_s": round(now_s, 3)} | values
     key = f"{run}/events/{attempt:06d}-{int(now_s * 1000):015d}-{kind}-{who}.json"
@@ -34,11 +38,12 @@ def put_event(store: EventStore, run: str, kind: str, who: str, **values: Any) -
 
 
 def read_events(
-    store: EventStore, run: str, since_attempt: int = 0, *, since_s: float = 0.0, kinds: Collection[str] = ()
-) -> list[Row]:
-    """Events of attempts `since_attempt` and later and of at or after `since_s` (Unix), oldest first.
+    store: Store, run: str, since_attempt: int = 0, *, since_s: float = 0.0, kinds: Collection[str] = ()
+) -> list[Event]:
+    """Events of attempts `since_attempt` and later, written at or after `since_s` (Unix time), oldest first.
 
-    With `kinds` those of these kinds alone. Events kept before events had an attempt are of attempt 0.
+    With `kinds`, only events of these kinds. Events without an attempt in their key are old; they count as attempt 0.
+    Raises StoreError.
     """
     prefix = f"{run}/events/"
     wanted = []
@@ -51,13 +56,13 @@ def read_events(
     return [json.loads(store.get(key)) for key in wanted]
 
 
-def behind(events: list[Row], killed: bool = False) -> Row | None:
-    """Of the ranks that were stuck together, the one that the others waited for; None where there was no hang.
+def behind(events: list[Event], killed: bool = False) -> Event | None:
+    """The event of the rank that the other stuck ranks waited for; None where there was no hang.
 
-    A rank that was stuck may have gone on: a hang is what one was killed for, or is known to have been (`killed`).
-
-    When one rank hangs in a collective all look hung: named is one whose process does not run, else the one that has
-    joined the fewest collectives, else the one that came least far, else the longest silent.
+    A stuck rank may recover, so "stuck" events alone are no hang: a watchdog must have killed a rank (a "hang" event),
+    or the caller knows that one was killed (`killed`). When one rank hangs in a collective, all ranks look hung. The
+    culprit is a rank whose process does not run, else the one that has joined the fewest collectives, else the one with
+    the fewest beats, else the one that was silent longest.
     """
     stuck = [event for event in events if event["kind"] in ("hang", "stuck")]
     if not stuck or not (killed or any(event["kind"] == "hang" for event in stuck)):
@@ -74,10 +79,10 @@ def behind(events: list[Row], killed: bool = False) -> Row | None:
     )
 
 
-def reason_of(events: list[Row]) -> str:
-    """One line out of the events since the last attempt began; empty where there is none.
+def reason_of(events: list[Event]) -> str:
+    """One line that explains the end of the last attempt, from the events since it began; empty without events.
 
-    A hang explains the deaths that the watchdogs brought about.
+    A hang takes precedence: the failures beside it are ranks that the watchdogs killed.
     """
     first = behind(events)
     if first is not None:
@@ -87,5 +92,5 @@ def reason_of(events: list[Row]) -> str:
             f"(process {first['process_state']}{f', {ahead} collectives behind' if ahead else ''}); "
             f"stacks in {first.get('stacks', 'nowhere: it was gone before they were taken')}"
         )
-    told = [event for event in events if "reason" in event]
-    return str(told[-1]["reason"]) if told else ""
+    reasons = [str(event["reason"]) for event in events if "reason" in event]
+    return reasons[-1] if reasons else ""

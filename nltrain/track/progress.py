@@ -1,4 +1,4 @@
-"""The progress line and the counters behind it. Losses stay on the device until a line is due."""
+"""The counters behind the step rows. Losses stay on the device until a row is due."""
 
 import contextlib
 import math
@@ -22,16 +22,17 @@ class Interval(NamedTuple):
     data_wait_s: float  # of the rank that waited longest
     slowest_rank: int
     slowest_over_median: float  # forward time of the slowest rank over the median rank's
-    memory_bytes: int  # of the rank that needs most
+    memory_bytes: int  # peak, of the rank that needs most
 
 
 class Meter:
     """Counts micro-steps and this rank's times between two log rows; the only host sync is in `take`."""
 
     def __init__(self, device: torch.device) -> None:
+        """The first interval begins now."""
         self._device = device
-        # [sum of losses in nats, targets, micro-steps with a rank left out, targets left out]; global sums, the guard
-        # has agreed on them
+        # [sum of losses in nats, targets, micro-steps with a rank left out, targets left out]: already summed over the
+        # ranks by the guard
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._started_s = time.monotonic()
         self._forward_s = 0.0
@@ -39,7 +40,7 @@ class Meter:
         self._events: list[tuple[Any, Any]] = []
 
     def start(self) -> None:
-        """A forward pass begins. Forward passes wait for no other rank (but for gathers at ZeRO-3)."""
+        """A forward pass begins. It waits for no other rank, except for gathers at ZeRO-3."""
         self._begun = self._now()
 
     def forward_ended(self) -> None:
@@ -84,7 +85,7 @@ class Meter:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Time spent inside, in validation or a checkpoint, is not the steps'."""
+        """Time spent inside (an evaluation, a save) does not count as time of the steps."""
         began_s = time.monotonic()
         try:
             yield
@@ -92,6 +93,7 @@ class Meter:
             self._started_s += time.monotonic() - began_s
 
     def _now(self) -> Any:
+        """Seconds on a CPU; on a GPU an event, which costs no sync."""
         if self._device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -103,9 +105,11 @@ class Speed:
     """Tokens per second, smoothed over about the last 20 rows, for the ETA."""
 
     def __init__(self) -> None:
+        """The first `update` sets the speed."""
         self._tokens_per_s: float | None = None
 
     def update(self, tokens: int, seconds: float) -> float:
+        """Count `tokens` trained in `seconds`; returns the smoothed tokens per second."""
         now = tokens / max(seconds, 1e-9)
         self._tokens_per_s = now if self._tokens_per_s is None else 0.9 * self._tokens_per_s + 0.1 * now
         return self._tokens_per_s
@@ -117,23 +121,3 @@ def memory_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def duration(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{s:02d}" if hours else f"{minutes}:{s:02d}"
-
-
-def progress_line(
-    step: int, num_steps: int, tokens: int, interval: Interval, tokens_per_s: float, eta_s: float, ticked: str
-) -> str:
-    """One log step for people; `ticked` names the levels that updated."""
-    share = interval.data_wait_s / max(interval.seconds, 1e-9)
-    left_out = f"{interval.left_out_tokens:,} tokens left out | " if interval.left_out else ""
-    return (
-        f"step {step:>{len(str(num_steps))}}/{num_steps} | {tokens:,} tokens | loss {interval.loss:.4f} | {left_out}"
-        f"{tokens_per_s:,.0f} tok/s | data wait {100 * share:.1f} % | memory {interval.memory_bytes / 2**30:.2f} GiB | "
-        f"ETA {duration(eta_s)} | {ticked}"
-    )

@@ -1,20 +1,20 @@
-"""Copies of what a run writes down, brought to the store on a thread of its own: a slow store never holds up training.
+"""Copies the run's records to the store on a thread of its own, so that a slow store never delays training.
 
-Per key only the newest copy matters, so what is offered while a put is under way is merged. A failure is said once,
-until the next success, and does not stop the run: what is published is a view of the run, not the run.
+Only the newest copy of a key matters, so copies offered during a put replace one another. A failure prints one line per
+key until the next success; it does not stop the run, because the records are not needed to resume.
 """
 
 import threading
 from collections.abc import Callable
 
-from nltrain.track.metrics import EventStore
+from nltrain.store import Store
 
 
 class Publisher:
-    """`close` it: what was offered last is only then sure to be there."""
+    """The last offers are sure to be in the store only after `close`."""
 
-    def __init__(self, store: EventStore, allowed: Callable[[], bool] = lambda: True) -> None:
-        """`allowed()`: asked before each put; what it refuses is dropped."""
+    def __init__(self, store: Store, allowed: Callable[[], bool] = lambda: True) -> None:
+        """`allowed()` is called before each put; where it returns False the copy is dropped."""
         self._store, self._allowed = store, allowed
         self._changed = threading.Condition()
         self._offered: dict[str, Callable[[], bytes]] = {}
@@ -24,7 +24,7 @@ class Publisher:
         self._thread.start()
 
     def offer(self, key: str, read: Callable[[], bytes]) -> None:
-        """Put what `read` returns, on the other thread; an older offer of the key that still waits is dropped."""
+        """Put what `read` returns, on the other thread; replaces an offer of the same key that still waits."""
         with self._changed:
             self._offered[key] = read
             self._changed.notify()
@@ -39,6 +39,7 @@ class Publisher:
             print(f"the store did not take the run's last rows within {timeout_s:g} s: left behind", flush=True)
 
     def _work(self) -> None:
+        """The thread: put one offer after the other until `close`."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._offered or self._closed)
@@ -50,7 +51,7 @@ class Publisher:
                 if self._allowed():
                     self._store.put(key, read())
                 self._failing.discard(key)
-            except Exception as error:  # whatever the store's trouble is
+            except Exception as error:  # a store may fail in any way; none may stop the run
                 if key not in self._failing:
                     print(f"{key} was not published ({error}): training goes on", flush=True)
                 self._failing.add(key)

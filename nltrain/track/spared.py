@@ -1,4 +1,7 @@
-"""Writes whose failure must not end a training run: a full disk costs records, not the run. Said once a minute."""
+"""Writes whose failure must not end a training run: a full disk costs records, not the run.
+
+While writes fail, one line a minute says so.
+"""
 
 import errno
 import math
@@ -10,14 +13,15 @@ SAY_EVERY_S = 60.0
 
 
 class Spared:
-    """Runs writes of one kind; `what` names it in the lines for people."""
+    """Runs writes of one kind."""
 
     def __init__(self, what: str) -> None:
+        """`what` names the writes in the printed lines: "metrics"."""
         self._what, self._lost = what, 0
         self._said_s = -math.inf
 
     def __call__(self, write: Callable[[], object]) -> None:
-        """OSError is told instead of raised."""
+        """Run `write`; an OSError is printed instead of raised."""
         try:
             write()
         except OSError as error:
@@ -32,7 +36,10 @@ class Spared:
                 self._lost = 0
 
     def _say(self, line: str) -> bool:
-        """Whether there was something to say again: on a disk that is nearly full every other write may fail."""
+        """Print the line unless one was printed within the last minute; returns whether it was printed.
+
+        On a disk that is nearly full every other write may fail.
+        """
         now_s = time.monotonic()
         if now_s - self._said_s < SAY_EVERY_S:
             return False

@@ -1,7 +1,7 @@
-"""W&B as a view of the metrics. Losing it never stops a run: the first error is printed and the view goes dark.
+"""W&B as a view of the metrics. A failure never stops a run: the first error is printed and the view is closed.
 
-Offline, every resume opens a new W&B run directory; every metric is plotted against our own `tokens` axis and carries
-the attempt, so that the pieces line up after `wandb sync`.
+Offline, every resume opens a new W&B run directory. Every metric is plotted against our own `tokens` axis and carries
+the attempt, so that after `wandb sync` the pieces form one curve.
 """
 
 import os
@@ -10,27 +10,30 @@ from collections.abc import Callable
 from typing import Any
 
 from nltrain.track.config import TrackConfig
-from nltrain.track.metrics import Row
+from nltrain.track.rows import EvaluationRow, GoodputRow, RunRow, StepRow, TickRow, ValidationRow
 
-SHOWN = ("step", "tick", "validation", "goodput")
+SHOWN = (StepRow, TickRow, ValidationRow, EvaluationRow, GoodputRow)
+"""Rows that W&B gets: all their numbers."""
 
 
 class NoView:
-    """The view of a run that has none, and of every rank but 0."""
+    """The view of a run without W&B, and of every rank but 0."""
 
-    run_id: str | None = None
+    def log(self, row: RunRow) -> None:
+        """Nothing is shown."""
 
-    def log(self, row: Row) -> None: ...
-
-    def close(self, exit_code: int = 0) -> None: ...
+    def close(self, exit_code: int = 0) -> None:
+        """Nothing is open."""
 
 
 class WandbView:
+    """A W&B run. Any call may raise: use it through `SafeView`."""
+
     def __init__(self, config: TrackConfig, name: str, run_id: str, folder: str, resolved: dict[str, Any]) -> None:
+        """Open the W&B run `run_id`; its files go to `folder`. `resolved`: the run's config, for display."""
         import wandb  # 1 s of imports: only on rank 0, only when wanted
 
         online = config.wandb == "online" or (config.wandb == "auto" and bool(os.environ.get("WANDB_API_KEY")))
-        self.run_id = run_id
         os.makedirs(folder, exist_ok=True)
         self._run = wandb.init(
             project=config.wandb_project,
@@ -46,37 +49,47 @@ class WandbView:
         self._run.define_metric("tokens")
         self._run.define_metric("*", step_metric="tokens")
 
-    def log(self, row: Row) -> None:
-        if row["kind"] not in SHOWN:
-            return
-        prefix = f"level/{row['level']}" if row["kind"] == "tick" else row["kind"]
-        values = {
-            f"{prefix}/{k}": v for k, v in row.items() if isinstance(v, int | float) and k not in ("tokens", "attempt")
-        }
-        self._run.log(values | {"tokens": row["tokens"], "attempt": row["attempt"]})
+    def log(self, row: RunRow) -> None:
+        """Send the numbers of a row, if its kind is shown."""
+        if isinstance(row, SHOWN):
+            self._run.log(numbers(row) | {"tokens": row.tokens, "attempt": row.attempt})
 
     def close(self, exit_code: int = 0) -> None:
+        """End the W&B run."""
         self._run.finish(exit_code=exit_code)
 
 
+def numbers(row: RunRow) -> dict[str, float]:
+    """{W&B's name of the metric: value} of a row: `step/loss`, `level/slow/lr`, `evaluation/NAME/accuracy`."""
+    values = row.to_json()
+    prefix = row.kind
+    if isinstance(row, TickRow):
+        prefix = f"level/{row.level}"
+    elif isinstance(row, EvaluationRow):
+        prefix = f"evaluation/{row.name}"
+        values |= row.metrics
+    skipped = ("tokens", "attempt", "version")
+    return {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, int | float) and k not in skipped}
+
+
 class SafeView:
-    """Wraps a view so that its failure costs the view, not the run; says so once."""
+    """Wraps a view: where it fails, a line is printed once and the view is given up; the run goes on."""
 
     def __init__(self, make: Callable[[], WandbView | NoView]) -> None:
+        """`make` opens the view; it may fail, too."""
         self._view: WandbView | NoView = NoView()
         self._guard("start", lambda: setattr(self, "_view", make()))
 
-    @property
-    def run_id(self) -> str | None:
-        return self._view.run_id
-
-    def log(self, row: Row) -> None:
+    def log(self, row: RunRow) -> None:
+        """Show a row. Never raises."""
         self._guard("log", lambda: self._view.log(row))
 
     def close(self, exit_code: int = 0) -> None:
+        """Close the view. Never raises."""
         self._guard("finish", lambda: self._view.close(exit_code))
 
     def _guard(self, action: str, call: Callable[[], None]) -> None:
+        """Run `call`; on any error print it and give the view up."""
         try:
             call()
         except Exception as error:
@@ -91,7 +104,7 @@ class SafeView:
 def open_view(
     config: TrackConfig, rank: int, name: str, run_id: str, folder: str, resolved: dict[str, Any]
 ) -> SafeView:
-    """The view that `config` asks for."""
+    """The view that `config` asks for; rank 0 alone has one. Never raises."""
     if rank != 0 or config.wandb == "off":
         return SafeView(NoView)
     return SafeView(lambda: WandbView(config, name, run_id, config.wandb_dir or folder, resolved))

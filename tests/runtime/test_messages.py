@@ -14,7 +14,7 @@ SECTION = PAGE.partition("## Running\n")[2].partition("\n## ")[0]
 EXPLAINED = [
     *(f"nltrain/runtime/{name}.py" for name in ("config", "launch", "preflight", "status")),
     *(f"nltrain/local/{name}.py" for name in ("cluster", "demo", "environment", "own_ray")),
-    "nltrain/config.py", "nltrain/track/record.py", "nltrain/run.py",
+    "nltrain/config.py", "nltrain/track/record.py", "nltrain/resume.py", "nltrain/run.py",
 ]  # fmt: skip
 ALSO = ["nltrain/checkpoint", "nltrain/track", "nltrain/places.py", "nltrain/data", "nltrain/store", "nltrain/local"]
 

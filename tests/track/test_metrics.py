@@ -3,55 +3,26 @@
 import json
 import time
 
-import pytest
-
-from nltrain.track.metrics import MetricsLog, effective, log_fault, read_rows
-from nltrain.track.report import summarise, write_report
-
-
-def run_with_a_kill(folder):
-    """Attempt 1 trains 6 quanta of 100 tokens; attempt 2 resumes at 400 and ends at 1,000."""
-    counts = {"base": {"done": 10, "skipped": 0, "due": 10}}
-    for attempt, (first, last) in enumerate([(0, 600), (400, 1000)], start=1):
-        log = MetricsLog(folder, attempt)
-        log.log("attempt", first, workers=2, tokens_lost=200 if first else 0)
-        for tokens in range(first + 100, last + 1, 100):
-            log.log("tick", tokens, level="base", period_tokens=100, skipped="")
-            log.log(
-                "step", tokens, loss=10.0 - tokens / 200, step_tokens=100, seconds=0.5, data_wait_s=0.01,
-                total_tokens=1000, level_updates=counts,
-            )  # fmt: skip
-        if attempt == 2:
-            log.log("end", last, reason="finished", level_updates=counts, weights_sha256="ab")
-        else:
-            log_fault(folder, signal="SIGKILL", rank=1, pid=1, tokens=600)
-        log.close()
+from nltrain.store import open_store
+from nltrain.track.metrics import MetricsLog, effective, fetch_missing, log_fault, published_key, read_rows
+from nltrain.track.report import summarise
+from nltrain.track.rows import StepRow, of_kind
+from tests.track.support import row, run_with_a_kill
 
 
 def test_superseded_rows_do_not_count(tmp_path):
     run_with_a_kill(tmp_path)
-    steps = [(row["attempt"], row["tokens"]) for row in effective(read_rows(tmp_path)) if row["kind"] == "step"]
+    steps = [(each.attempt, each.tokens) for each in of_kind(effective(read_rows(tmp_path)), StepRow)]
     assert steps == [(1, 100), (1, 200), (1, 300), (1, 400)] + [(2, t) for t in range(500, 1001, 100)]
-
-
-def test_the_summary_counts_each_token_once(tmp_path):
-    run_with_a_kill(tmp_path)
-    summary = write_report(tmp_path)
-    assert summary["tokens"] == 1000
-    assert summary["tokens_per_s"] == pytest.approx(200.0)
-    assert (summary["loss_first"], summary["loss_last"]) == (9.5, 5.0)
-    assert (summary["kills"], summary["resumes"], summary["tokens_repeated"]) == (1, 1, 200)
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    assert (tmp_path / "cadence.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
 def test_a_line_torn_by_a_kill_is_left_out(tmp_path):
     log = MetricsLog(tmp_path, 1)
-    log.log("attempt", 0, workers=1, tokens_lost=0)
+    log.log(row("attempt", workers=1))
     log.close()
     with log.path.open("a") as file:
         file.write('{"kind": "step", "tok')
-    assert [row["kind"] for row in read_rows(tmp_path)] == ["attempt"]
+    assert [each.kind for each in read_rows(tmp_path)] == ["attempt"]
 
 
 def test_rows_are_ordered_by_attempt_whatever_the_clocks_say(tmp_path, monkeypatch):
@@ -59,17 +30,35 @@ def test_rows_are_ordered_by_attempt_whatever_the_clocks_say(tmp_path, monkeypat
     for attempt, now_s in ((1, 200_000.0), (2, 113_600.0)):
         monkeypatch.setattr(time, "time", lambda now_s=now_s: now_s)
         log = MetricsLog(tmp_path, attempt)
-        log.log("attempt", 0, workers=1, tokens_lost=0)
-        log.log("step", 100 * attempt, step_tokens=100, seconds=0.5, data_wait_s=0.0, loss=1.0, level_updates={})
+        log.log(row("attempt", workers=1))
+        log.log(row("step", 100 * attempt, step_tokens=100, seconds=0.5, loss=1.0))
         log.close()
     monkeypatch.setattr(time, "time", lambda: 300_000.0)
     log_fault(tmp_path, signal="SIGKILL", rank=0, pid=1, tokens=100)
-    assert [row.get("attempt") for row in read_rows(tmp_path)] == [None, 1, 1, 2, 2]
+    assert [each.get("attempt") for each in read_rows(tmp_path)] == [None, 1, 1, 2, 2]
     summary = summarise(read_rows(tmp_path))
     assert summary["seconds"] == 0
     assert (summary["kills"], summary["tokens"]) == (1, 200)
 
 
-def test_a_run_without_steps_has_no_summary():
-    with pytest.raises(ValueError, match="no step"):
-        summarise([])
+def test_a_row_is_written_with_the_attempt_and_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1234.56789)
+    log = MetricsLog(tmp_path, 3)
+    written = log.log(row("sample", 5, text="x"))
+    log.close()
+    assert json.loads(log.path.read_text()) == written.to_json()
+    assert (written.attempt, written.time_s, written["version"]) == (3, 1234.568, 1)
+
+
+def test_rows_of_other_machines_are_fetched_and_own_ones_are_kept(tmp_path):
+    store = open_store(str(tmp_path / "store"))
+    log = MetricsLog(tmp_path / "out", 2)
+    log.log(row("sample", 5, text="mine"))
+    log.close()
+    for attempt in (1, 2):
+        path = tmp_path / f"attempt_{attempt:04d}.jsonl"
+        store.put(
+            published_key("r", path), b'{"kind": "sample", "attempt": %d, "tokens": 1, "text": "old"}\n' % attempt
+        )
+    fetch_missing(store, "r", tmp_path / "out")
+    assert [each["text"] for each in read_rows(tmp_path / "out")] == ["old", "mine"]
