@@ -10,9 +10,14 @@ import torch
 import torch.distributed as dist
 
 from nltrain.checkpoint import CheckpointConfig
+from nltrain.checkpoint.manifest import checkpoint_name
 from nltrain.fragment import Fragment
 from nltrain.store import Store, StoreError
 from tests import forked
+
+# Of the run `r` of the fixture `run`: its config, and its checkpoints at 100 and 200 tokens.
+CONFIG = {"seed": 1, "lr": 0.1}
+OLD, NEW = checkpoint_name(100, 1), checkpoint_name(200, 1)
 
 # Awkward sizes: odd, prime, smaller than the number of ranks, empty; and every element size.
 TENSORS = {

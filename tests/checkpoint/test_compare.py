@@ -2,7 +2,7 @@
 
 import pytest
 
-from nltrain.checkpoint import CheckpointConfig, ConfigChangedError, check_config, differences
+from nltrain.checkpoint import ConfigChangedError, check_config, differences
 
 STORED = {"seed": 1, "levels": [{"name": "base", "lr": 1e-3}, {"name": "slow", "lr": 1e-4}], "data": {"workers": 4}}
 
@@ -31,19 +31,21 @@ def test_an_emptied_list_is_a_difference():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("present", "refused"),
     [
-        ("url", ""),
-        ("keep_last", 0),
-        ("every_tokens", -1),
-        ("verify", "maybe"),
-        ("when_busy", "panic"),
-        ("max_file_bytes", 10),
-        ("timeout_s", 0),
-        ("resume", ""),
-        ("num_threads", 0),
+        ({"every": 2, "fold": 2}, ""),  # it follows
+        ({"every": 2, "fold": 4}, ""),  # it stays
+        ({"every": 2, "fold": 1}, "fold: stored 4, now 1"),  # it has a value of its own
+        ({"every": 4, "fold": 2}, "fold: stored 4, now 2"),  # its source has not changed
     ],
 )
-def test_a_setting_that_cannot_be_honoured_is_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=f"checkpoint.{field}="):
-        CheckpointConfig(**({"url": "folder"} | {field: value}))
+def test_a_derived_field_may_differ_together_with_its_source_alone(present: dict[str, int], refused: str) -> None:
+    stored = {"every": 4, "fold": 4}
+    if refused:
+        with pytest.raises(ConfigChangedError, match=refused):
+            check_config(stored, present, ("every",), {"fold": "every"})
+    else:
+        check_config(stored, present, ("every",), {"fold": "every"})
+    if present != {"every": 4, "fold": 2}:
+        with pytest.raises(ConfigChangedError, match="every: stored 4"):
+            check_config(stored, present, (), {"fold": "every"})

@@ -9,12 +9,11 @@ import time
 import pytest
 
 from nltrain.checkpoint import Checkpointer
-from nltrain.checkpoint.catalog import claim_attempt, list_checkpoints
-from nltrain.checkpoint.fence import Fence
+from nltrain.checkpoint.catalog import list_checkpoints
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.local.embedded_s3 import EmbeddedS3
-from nltrain.store import StoreError, open_store
-from tests.checkpoint.support import FaultyStore, assert_filled, held, settings, wanted
+from nltrain.store import open_store
+from tests.checkpoint.support import assert_filled, held, settings, wanted
 
 # Before the first data file, with all data written, and between the last look for newer attempts and the commit itself.
 MOMENTS = ("/state-00000", "/layout.json", "/manifest.json")
@@ -106,31 +105,3 @@ def test_an_older_attempt_that_wakes_up_cannot_commit_or_overwrite(place, s3, tm
         for process in older.values():
             process.kill()
             process.wait()
-
-
-class Unlisted(FaultyStore):
-    """Its first listings fail, as in an outage."""
-
-    outage = 3
-
-    def list(self, prefix=""):
-        if self.outage:
-            self.outage -= 1
-            raise StoreError(f"{self.url}: list failed 7 times; check the network")
-        return self._store.list(prefix)
-
-
-def test_the_fence_notices_a_newer_attempt_within_its_interval_and_outlives_an_outage(tmp_path):
-    store = Unlisted(open_store(str(tmp_path)))
-    claim_attempt(open_store(str(tmp_path)), "fenced", 1)
-    fence = Fence(store, "fenced", 1, every_s=0.05)
-    deadline = time.monotonic() + 10
-    while store.outage and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.2)
-    assert fence.stale == ""
-    claim_attempt(open_store(str(tmp_path)), "fenced", 2)
-    while not fence.stale and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert fence.stale.startswith("attempt 1 of run fenced is stale: attempt 2 has begun")
-    fence.close()
