@@ -40,6 +40,8 @@ def said_to_users(tree: ast.Module) -> set[str]:
         name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
         if name in ERRORS or name == "Bad":
             found.add(text_of(node.args[0]))
+        elif name == "require":  # (condition, field, value, remedy)
+            found.add(f"{text_of(node.args[1])}={VALUE}: {text_of(node.args[3])}")
         elif name == "add" and len(node.args) == 2:
             found.add(text_of(node.args[1]))
     return {" ".join(text.split()) for text in found if text.replace(VALUE, "").strip(" :")}
@@ -51,7 +53,7 @@ def pattern(message: str) -> re.Pattern[str]:
 
 TREES = [ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES]
 SAID = sorted(set().union(*map(said_to_users, TREES)))
-STRINGS = {" ".join(text_of(node).split()) for tree in TREES for node in ast.walk(tree)}
+STRINGS = {" ".join(text_of(node).split()) for tree in TREES for node in ast.walk(tree)} | set(SAID)
 DOCUMENTED = [
     match[1]
     for entry in re.findall(r"^- (.*?)(?=^- |^#|\Z)", SECTION, re.DOTALL | re.MULTILINE)

@@ -15,6 +15,7 @@ import torch
 
 from nltrain.data import Batch, DataConfig, DataError, TokenStream, open_plan
 from nltrain.data.stream import sequential_ranges
+from nltrain.errors import ConfigError
 from nltrain.levels.quantum import cut_quantum
 from nltrain.local.embedded_s3 import EmbeddedS3
 from nltrain.local.fault_proxy import FaultProxy
@@ -104,6 +105,7 @@ RESUME = """
 import json, sys
 from nltrain.data import DataConfig, TokenStream, open_plan
 from nltrain.data.stream import sequential_ranges
+from nltrain.errors import ConfigError
 request = json.loads(sys.stdin.read())
 found = []
 for number, state in enumerate(request["states"]):
@@ -280,13 +282,13 @@ def test_wrong_configurations_are_refused_in_one_line(bucket: str, tmp_path: Pat
     assert "split 'validation' holds no sequences" in refused(replace(config, split="validation"))
     assert "data.cache_bytes: 5000: two windows of 2 shards" in refused(replace(config, cache_bytes=5000))
     for wrong, says in (
-        ({"seq_len": 0}, "data.seq_len: 0"),
-        ({"weights": (1.0, 2.0)}, "data.weights: 2 weights for 1 prefixes"),
-        ({"weights": (-1.0,)}, "data.weights: .*positive"),
-        ({"download_threads": 0}, "data.download_threads: 0"),
-        ({"range_read_batches": -1}, "data.range_read_batches: -1"),
+        ({"seq_len": 0}, "data.seq_len=0: "),
+        ({"weights": (1.0, 2.0)}, "data.weights=.*: 2 weights for 1 prefixes"),
+        ({"weights": (-1.0,)}, "data.weights=.*positive"),
+        ({"download_threads": 0}, "data.download_threads=0: "),
+        ({"range_read_batches": -1}, "data.range_read_batches=-1: "),
     ):
-        with pytest.raises(DataError, match=says):
+        with pytest.raises(ConfigError, match=says):
             replace(config, **wrong)
     cases = replace(config, prefix=f"{bucket}/a,{bucket}/longer")
     assert "data.seq_len: 16" in refused(cases)
