@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -58,13 +60,13 @@ def stopped(process: subprocess.Popen) -> bool:
 
 
 @pytest.fixture(scope="module")
-def s3():
+def s3() -> Iterator[EmbeddedS3]:
     with EmbeddedS3("checkpoints") as server, server.in_environment():
         yield server
 
 
 @pytest.mark.parametrize("place", ["s3", "folder"])
-def test_an_older_attempt_that_wakes_up_cannot_commit_or_overwrite(place, s3, tmp_path):
+def test_an_older_attempt_that_wakes_up_cannot_commit_or_overwrite(place: str, s3: EmbeddedS3, tmp_path: Path) -> None:
     url = "s3://checkpoints/attempts" if place == "s3" else str(tmp_path)
     store = open_store(url)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

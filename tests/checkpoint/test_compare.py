@@ -7,12 +7,12 @@ from nltrain.checkpoint import ConfigChangedError, check_config, differences
 STORED = {"seed": 1, "levels": [{"name": "base", "lr": 1e-3}, {"name": "slow", "lr": 1e-4}], "data": {"workers": 4}}
 
 
-def test_equal_configs_do_not_differ_and_tuples_equal_lists():
+def test_equal_configs_do_not_differ_and_tuples_equal_lists() -> None:
     assert differences({"a": (1, 2)}, {"a": [1, 2]}) == []
     assert check_config(STORED, STORED) == []
 
 
-def test_every_difference_is_named_with_both_values():
+def test_every_difference_is_named_with_both_values() -> None:
     present = {"seed": 2, "levels": [{"name": "base", "lr": 1e-3}, {"name": "slow", "lr": 2e-4}], "extra": True}
     with pytest.raises(ConfigChangedError) as caught:
         check_config(STORED, present)
@@ -21,12 +21,12 @@ def test_every_difference_is_named_with_both_values():
 
 
 @pytest.mark.parametrize("pattern", ["data.workers", "data", "data.*", "*.workers"])
-def test_an_allowed_change_is_returned(pattern):
+def test_an_allowed_change_is_returned(pattern: str) -> None:
     present = STORED | {"data": {"workers": 8}}
     assert [d.field for d in check_config(STORED, present, (pattern,))] == ["data.workers"]
 
 
-def test_an_emptied_list_is_a_difference():
+def test_an_emptied_list_is_a_difference() -> None:
     assert [d.field for d in differences({"a": [1]}, {"a": []})] == ["a"]
 
 

@@ -6,6 +6,9 @@ import logging
 import os
 import pickle
 import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from nltrain.checkpoint.manifest import key_of, parse_manifest
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.checkpoint.tree import sha256_of
 from nltrain.fragment import Fragment
-from nltrain.store import StoreError
+from nltrain.store import Store, StoreError
 from tests.checkpoint.support import CONFIG, NEW, OLD, FaultyStore, assert_filled, held, settings, wanted
 
 
@@ -29,11 +32,11 @@ class Payload:
     def __init__(self, path: str) -> None:
         self.path = path
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch {self.path}",)
 
 
-def edit(store, path: str, change) -> None:
+def edit(store: Store, path: str, change: Callable[[bytes], bytes]) -> None:
     key = key_of("r", NEW, path)
     store.put(key, change(store.get(key)))
 
@@ -44,7 +47,7 @@ def flip(data: bytes, position: int) -> bytes:
     return bytes(changed)
 
 
-def resigned(store, path: str, data: bytes) -> None:
+def resigned(store: Store, path: str, data: bytes) -> None:
     """Plants `data` with a manifest that vouches for it: an attacker who can write to the store."""
     store.put(key_of("r", NEW, path), data)
     manifest = parse_manifest(store.get(key_of("r", NEW)), "r", NEW)
@@ -58,7 +61,7 @@ FIRST = "rank_00000/state-00000.safetensors"
 OWN = "rank_00000/own-00000.safetensors"
 
 
-def another_runs(store) -> None:
+def another_runs(store: Store) -> None:
     store.put(key_of("r", NEW), store.get(key_of("other", NEW)))
 
 
@@ -93,7 +96,9 @@ CORRUPTIONS = {
 
 
 @pytest.mark.parametrize("kind", CORRUPTIONS)
-def test_damage_is_refused_by_name_and_the_one_before_is_taken(run, kind, caplog):
+def test_damage_is_refused_by_name_and_the_one_before_is_taken(
+    run: Store, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     damage, text = CORRUPTIONS[kind]
     damage(run)
     before = {item.key: item.num_bytes for item in run.list("")}
@@ -116,7 +121,7 @@ def test_damage_is_refused_by_name_and_the_one_before_is_taken(run, kind, caplog
     assert all(run.exists(key) for key in before if NEW in key and kind != "no manifest")
 
 
-def test_sizes_only_finds_what_a_listing_shows(run):
+def test_sizes_only_finds_what_a_listing_shows(run: Store) -> None:
     edit(run, FIRST, lambda d: flip(d, len(d) - 5))
     quick = Checkpointer(run, "r", None, settings(run.url, verify="sizes"))
     assert quick.resume(wanted("replicated", 0, 1)).tokens == 200
@@ -124,9 +129,9 @@ def test_sizes_only_finds_what_a_listing_shows(run):
     assert quick.resume(wanted("replicated", 0, 1)).tokens == 100
 
 
-def test_a_store_that_cannot_be_read_is_not_taken_for_damage(run):
+def test_a_store_that_cannot_be_read_is_not_taken_for_damage(run: Store) -> None:
     class Unreachable(FaultyStore):
-        def read_into(self, key, start, buffers):
+        def read_into(self, key: str, start: int, buffers: Any) -> None:
             if key.endswith(".safetensors"):
                 raise StoreError(f"{self.url}/{key}: connection refused: check the network")
             self._store.read_into(key, start, buffers)
@@ -135,7 +140,7 @@ def test_a_store_that_cannot_be_read_is_not_taken_for_damage(run):
         Checkpointer(Unreachable(run), "r", None, settings(run.url)).resume(wanted("replicated", 0, 1))
 
 
-def test_payloads_planted_by_someone_who_can_sign_are_never_run(run, tmp_path):
+def test_payloads_planted_by_someone_who_can_sign_are_never_run(run: Store, tmp_path: Path) -> None:
     trap = tmp_path / "sprung"
     payload = pickle.dumps(Payload(str(trap)))
     size = len(run.get(key_of("r", NEW, FIRST)))
@@ -176,13 +181,13 @@ def test_payloads_planted_by_someone_who_can_sign_are_never_run(run, tmp_path):
         7,
     ],
 )
-def test_a_layout_that_points_anywhere_else_is_refused(run, entry):
+def test_a_layout_that_points_anywhere_else_is_refused(run: Store, entry: object) -> None:
     resigned(run, "layout.json", json.dumps({"tensors": {"flags": entry}, "weights": {}}).encode())
     with pytest.raises(CorruptCheckpointError, match=r"layout\.json: tensor flags"):
         _ = StoredCheckpoint(run, "r", NEW).layout
 
 
-def test_a_model_that_does_not_fit_is_told_which_entries(run):
+def test_a_model_that_does_not_fit_is_told_which_entries(run: Store) -> None:
     fragments = wanted("replicated", 0, 1)
     fragments["embed.master"] = Fragment(torch.zeros(10), 0, 10)
     fragments["count"] = Fragment(torch.zeros(1), 0, 1)

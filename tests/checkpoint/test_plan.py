@@ -13,7 +13,7 @@ from nltrain.fragment import Fragment
 
 
 @st.composite
-def tables(draw):
+def tables(draw: st.DrawFn) -> list[list[Piece]]:
     """Ranks whose pieces cover some tensors, with overlaps and copies."""
     size = draw(st.integers(1, 5))
     found = [[] for _ in range(size)]
@@ -31,7 +31,7 @@ def tables(draw):
 
 @settings(max_examples=150)
 @given(tables())
-def test_each_element_is_written_exactly_once_by_a_rank_that_holds_it(held):
+def test_each_element_is_written_exactly_once_by_a_rank_that_holds_it(held: list[list[Piece]]) -> None:
     written = assign(held)
     covered: dict[str, list[int]] = {}
     for rank, pieces in enumerate(written):
@@ -44,18 +44,18 @@ def test_each_element_is_written_exactly_once_by_a_rank_that_holds_it(held):
     assert all(count == 1 for counts in covered.values() for count in counts)
 
 
-def test_copies_are_shared_out_evenly():
+def test_copies_are_shared_out_evenly() -> None:
     copies = [Piece(f"t{index:02d}", 0, 1000, 1000, "F32") for index in range(40)]
     written = assign([copies] * 4)
     assert [sum(piece.num_bytes for piece in pieces) for pieces in written] == [40_000] * 4
 
 
-def test_elements_that_nobody_holds_are_named():
+def test_elements_that_nobody_holds_are_named() -> None:
     with pytest.raises(PlanError, match=r"elements \[4, 6\) of w \(10 in all\) are held by no rank"):
         assign([[Piece("w", 0, 4, 10, "F32")], [Piece("w", 6, 4, 10, "F32")]])
 
 
-def test_ranks_that_disagree_about_a_tensor_are_refused():
+def test_ranks_that_disagree_about_a_tensor_are_refused() -> None:
     with pytest.raises(PlanError, match="w has 11 elements of F32 on rank 1, elsewhere 10 of F32"):
         assign([[Piece("w", 0, 10, 10, "F32")], [Piece("w", 0, 11, 11, "F32")]])
 
@@ -69,6 +69,6 @@ def test_ranks_that_disagree_about_a_tensor_are_refused():
         (Fragment(torch.zeros(6, dtype=torch.complex64), 0, 6), "no stored form"),
     ],
 )
-def test_a_fragment_that_is_no_flat_slice_is_refused_by_name(fragment, text):
+def test_a_fragment_that_is_no_flat_slice_is_refused_by_name(fragment: Fragment, text: str) -> None:
     with pytest.raises(PlanError, match=f"fragment layer.w .*{text}"):
         table({"layer.w": fragment})

@@ -1,6 +1,8 @@
 """Real ranks: sharded writes, reshard on load at any world size, agreement about every failure."""
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -110,7 +112,7 @@ def load_every_layout(rank: int, size: int, url: str, saved_by: int) -> None:
     assert_filled(asked)
 
 
-def assert_own(own, rank: int) -> None:
+def assert_own(own: Any, rank: int) -> None:
     assert own["rank"] == rank
     assert torch.equal(own["tensor"], torch.arange(rank + 3))
     assert torch.equal(own["window"], torch.full((rank, 2), float(rank)))
@@ -123,7 +125,7 @@ def all_of_one_world(rank: int, size: int, url: str, loads: tuple[int, ...]) -> 
     save_every_layout(rank, size, url)
 
 
-def test_what_four_ranks_save_any_number_loads_and_back(tmp_path):
+def test_what_four_ranks_save_any_number_loads_and_back(tmp_path: Path) -> None:
     url = str(tmp_path)
     run_ranks(4, all_of_one_world, url, ())
     for size in (3, 2, 1):

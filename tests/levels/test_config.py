@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from torch import nn
@@ -10,7 +12,9 @@ from nltrain.levels.config import LevelConfig, LevelsConfig, LevelsError, Schedu
 from nltrain.levels.plan import plan_levels
 
 
-def level(name: str = "base", parameters=("rest",), period_tokens: int = 64, **settings) -> LevelConfig:
+def level(
+    name: str = "base", parameters: str | tuple[str, ...] = ("rest",), period_tokens: int = 64, **settings: Any
+) -> LevelConfig:
     return LevelConfig(name, parameters, period_tokens, **settings)
 
 
@@ -53,12 +57,12 @@ def level(name: str = "base", parameters=("rest",), period_tokens: int = 64, **s
         (lambda: ScheduleConfig(min_lr_fraction=2), r"min_lr_fraction=2"),
     ],
 )
-def test_a_bad_configuration_is_refused_with_name_and_number(make, message):
+def test_a_bad_configuration_is_refused_with_name_and_number(make: Callable[[], object], message: str) -> None:
     with pytest.raises(LevelsError, match=message):
         make()
 
 
-def test_schedules_are_functions_of_tokens():
+def test_schedules_are_functions_of_tokens() -> None:
     warm = ScheduleConfig("constant", warmup_tokens=100)
     assert [warm.factor(t) for t in (0, 50, 100, 10_000)] == [0, 0.5, 1, 1]
     cosine = ScheduleConfig("cosine", warmup_tokens=100, total_tokens=1100, min_lr_fraction=0.1)
@@ -70,7 +74,7 @@ def test_schedules_are_functions_of_tokens():
     assert [wsd.factor(t) for t in (100, 500, 1000)] == [1, 1, 0] and wsd.factor(750) == pytest.approx(0.5)
 
 
-def test_lr_and_betas_scale_with_the_period_as_configured():
+def test_lr_and_betas_scale_with_the_period_as_configured() -> None:
     made = LevelsConfig(
         (level(lr=1e-3), level("slow", ("a.*",), 64 * 16, lr=1e-3)),
         lr_period_exponent=0.5,
@@ -94,7 +98,7 @@ def refused(model: nn.Module, *levels: LevelConfig) -> str:
     return str(error.value)
 
 
-def test_every_parameter_is_in_exactly_one_level():
+def test_every_parameter_is_in_exactly_one_level() -> None:
     parts = plan_levels(Block(), (level(), level("slow", ("slow.*",)), level("fast", ("fast.*",))))
     assert {part.config.name: [name for name, _ in part.parameters] for part in parts} == {
         "base": ["scale"],
@@ -103,35 +107,35 @@ def test_every_parameter_is_in_exactly_one_level():
     }
 
 
-def test_an_unmatched_parameter_is_named():
+def test_an_unmatched_parameter_is_named() -> None:
     assert "scale" in refused(Block(), level("slow", ("slow.*", "fast.*")))
 
 
-def test_a_doubly_matched_parameter_is_named_with_both_levels():
+def test_a_doubly_matched_parameter_is_named_with_both_levels() -> None:
     text = refused(Block(), level(), level("a", ("slow.*",)), level("b", ("slow.weight",)))
     assert "slow.weight" in text and "'a'" in text and "'b'" in text
 
 
-def test_a_pattern_without_a_parameter_is_named():
+def test_a_pattern_without_a_parameter_is_named() -> None:
     assert "'glow.*'" in refused(Block(), level(), level("slow", ("glow.*",)))
 
 
-def test_a_leaf_module_in_two_levels_is_named():
+def test_a_leaf_module_in_two_levels_is_named() -> None:
     text = refused(Block(), level(), level("slow", ("slow.weight",)))
     assert "module slow (Linear)" in text and "weight" in text and "bias" in text
 
 
-def test_at_zero3_a_bare_parameter_beside_other_levels_is_named():
+def test_at_zero3_a_bare_parameter_beside_other_levels_is_named() -> None:
     text = refused(Block(), level(zero_stage=3), level("slow", ("slow.*",)))
     assert "scale" in text and "'base'" in text and "ZeRO-3" in text and "module of its own" in text
     plan_levels(Block(), (level(zero_stage=3), level("slow", ("slow.*", "scale"), zero_stage=1)))
 
 
-def test_a_superfluous_rest_is_refused():
+def test_a_superfluous_rest_is_refused() -> None:
     assert "remove it" in refused(Block(), level(), level("all", ("*",)))
 
 
-def test_tied_weights_belong_to_one_level_and_count_once():
+def test_tied_weights_belong_to_one_level_and_count_once() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False), "mlp": nn.Linear(4, 4)})
     model["head"].weight = model["embed"].weight
     parts = plan_levels(model, (level(), level("slow", ("mlp.*",))))
@@ -140,19 +144,19 @@ def test_tied_weights_belong_to_one_level_and_count_once():
     assert "embed.weight" in text and "head.weight" in text
 
 
-def test_a_parameter_without_a_dimension_is_refused():
+def test_a_parameter_without_a_dimension_is_refused() -> None:
     model = Block()
     model.gain = nn.Parameter(model.scale.detach()[0].clone())
     assert "parameter gain has no dimension" in refused(model, level()) and "(1,)" in refused(model, level())
 
 
-def test_parameters_that_need_no_gradient_are_left_alone():
+def test_parameters_that_need_no_gradient_are_left_alone() -> None:
     model = Block()
     model.slow.requires_grad_(False)
     assert [name for name, _ in plan_levels(model, (level(),))[0].parameters] == ["scale", "fast.weight", "fast.bias"]
 
 
-def test_configs_clock_and_quantum_import_neither_deepspeed_nor_torch():
+def test_configs_clock_and_quantum_import_neither_deepspeed_nor_torch() -> None:
     code = "import sys, nltrain.levels.config, nltrain.levels.clock, nltrain.levels.quantum; "
     code += "print([m for m in ('deepspeed', 'torch') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
