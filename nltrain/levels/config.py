@@ -224,7 +224,7 @@ class LevelsConfig:
     """tokens between reductions of local gradient sums into shards: a save there is exact at any world size. None: the
     run's checkpoint.every_tokens; no such reductions where that is 0"""
     lr_period_exponent: float = 0.0
-    """x: a level's lr is multiplied by (period / base period)^x; 1 was clearly too hot, 0 to 0.5 not told apart"""
+    """x: a level's lr is multiplied by (period / base period)^x; 1 was clearly too hot, 0 to 0.5 made no difference"""
     max_lr: float | None = None
     """cap on every level's lr after that scaling; None does not cap"""
     beta_period_exponent: float = 0.0

@@ -187,7 +187,7 @@ def test_a_layout_that_points_anywhere_else_is_refused(run: Store, entry: object
         _ = StoredCheckpoint(run, "r", NEW).layout
 
 
-def test_a_model_that_does_not_fit_is_told_which_entries(run: Store) -> None:
+def test_a_model_that_does_not_fit_gets_an_error_that_names_the_entries(run: Store) -> None:
     fragments = wanted("replicated", 0, 1)
     fragments["embed.master"] = Fragment(torch.zeros(10), 0, 10)
     fragments["count"] = Fragment(torch.zeros(1), 0, 1)

@@ -57,7 +57,7 @@ def one_rank_cannot_write(rank: int, size: int, url: str) -> None:
     assert checkpointer.newest_complete().tokens == 2
     store.failing = "/state-" if rank == 1 else ""
     checkpointer.save(3, fragments, {})
-    # Told of at the next call, without an end to training.
+    # Reported at the next call; training does not end.
     assert checkpointer.save(4, fragments, {})
     with pytest.raises(SaveFailedError, match="2 saves in a row failed"):
         checkpointer.save(5, fragments, {})

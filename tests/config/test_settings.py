@@ -30,7 +30,7 @@ def test_marked_fields_are_found_below_dataclasses_and_tuples_of_them() -> None:
     assert may_change_patterns(Whole, with_other_data=True) == ("room.parts.*.speed", "room.seed", "where")
 
 
-def test_a_tuple_of_dataclasses_is_told_from_one_of_values() -> None:
+def test_a_tuple_of_dataclasses_is_distinguished_from_one_of_values() -> None:
     assert part_type(tuple[Part, ...]) is Part
     assert part_type(tuple[int, ...]) is None and part_type(int) is None
 
