@@ -17,6 +17,7 @@ def _default_cache_dir() -> str:
 class DataConfig:
     """One or several prepared datasets and how they are streamed."""
 
+    # The same data may lie elsewhere on resume: their fingerprint is compared instead.
     prefix: str = field(default="", metadata=MAY_CHANGE)
     """URL of a prepared dataset (s3://bucket/prefix or a folder); several are separated by commas."""
     seq_len: int = 1024

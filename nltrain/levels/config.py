@@ -38,6 +38,7 @@ class ScheduleConfig:
     """factor at and after total_tokens, in [0, 1]"""
     decay_fraction: float = 0.2
     """wsd only: the last part of total_tokens over which the factor decays, in (0, 1]"""
+    # On resume the schedules as a whole are compared: what a change does to the learning rates is logged, or refused.
     extension: str = field(default="follow", metadata=MAY_CHANGE)
     """of a run resumed with another schedule: follow (take the new curve at once, with a line), refuse, or from
     extends_tokens on: rewarm (rise to 1 over warmup_tokens, then decay to total_tokens), flat (stay where it ended)"""
