@@ -20,7 +20,6 @@ from nltrain.track.config import TrackConfig
 
 SEQ_LEN = 1024  # 16 chunks: writes are read long after they were made
 QUANTUM = 4 * SEQ_LEN
-TOTAL_TOKENS = 450 * QUANTUM
 
 model = preset("hope", "tiny")
 patterns = model.level_patterns()
@@ -43,12 +42,11 @@ config = RunConfig(
             level("slow", 16 * QUANTUM),
         ),
         quantum_tokens=QUANTUM,
-        schedule=ScheduleConfig("cosine", warmup_tokens=20 * QUANTUM, total_tokens=TOTAL_TOKENS, min_lr_fraction=0.1),
-        fold_every_tokens=50 * QUANTUM,
+        schedule=ScheduleConfig("cosine", warmup_tokens=20 * QUANTUM, min_lr_fraction=0.1),
     ),
     checkpoint=CheckpointConfig(url="/tmp/nltrain/checkpoints", every_tokens=50 * QUANTUM, keep_last=3),
     train=TrainConfig(
-        total_tokens=TOTAL_TOKENS,
+        total_tokens=450 * QUANTUM,
         micro_batch_size=2,
         validate_every_tokens=100 * QUANTUM,
         validation_sequences=24,

@@ -45,9 +45,7 @@ def paper_run(
         levels=LevelsConfig(
             levels=levels,
             quantum_tokens=QUANTUM,
-            schedule=ScheduleConfig(
-                "cosine", warmup_tokens=warmup_tokens, total_tokens=total_tokens, min_lr_fraction=0.1
-            ),
+            schedule=ScheduleConfig("cosine", warmup_tokens=warmup_tokens, min_lr_fraction=0.1),
             dtype="bf16",
             reduce_dtype="bf16",
             fold_every_tokens=FOLD_EVERY_TOKENS,

@@ -1,4 +1,4 @@
-"""The `nltrain` command: looks at runs and checkpoints. Thin; each command is a function in the room it belongs to.
+"""The `nltrain` command: looks at runs and checkpoints. Each command is a function in the room that it belongs to.
 
 Training itself is started with `ray job submit -- python jobs/...`.
 """
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: nltrain COMMAND [...]; nltrain COMMAND --help tells more\n")
+        print("usage: nltrain COMMAND [...]; nltrain COMMAND --help says more\n")
         print("\n".join(f"  {name:8} {text}" for name, (_, text) in COMMANDS.items()))
         return 0 if arguments else 2
     name = arguments.pop(0)
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def plan_main(arguments: Sequence[str]) -> int:
-    """nltrain plan jobs/hope_1p3b.py [field=value ...]"""
+    """nltrain plan jobs/hope_1p3b.py [field=value ...]; returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: nltrain plan JOB_FILE [field=value ...]")
         return 0 if arguments else 2
@@ -51,7 +51,7 @@ def plan_main(arguments: Sequence[str]) -> int:
 
 
 def sizes_main(arguments: Sequence[str]) -> int:
-    """nltrain sizes jobs/hope_1p3b.py [N] [field=value ...]"""
+    """nltrain sizes jobs/hope_1p3b.py [N] [field=value ...]; returns the exit code."""
     arguments = list(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: nltrain sizes JOB_FILE [N] [field=value ...]; N: the last line of the table, 256 by default")

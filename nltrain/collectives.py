@@ -1,7 +1,8 @@
-"""The few collectives a checkpoint needs, as JSON over gloo groups of its own.
+"""Collectives of JSON values and integers, over a gloo group of their own.
 
-Training's groups stay untouched, so a save may run on a thread beside it; saving and planning use two groups, because
-two threads must not interleave on one. Nothing is pickled. Without an initialised process group there is one rank.
+Training's groups stay untouched, so that a thread may use a `Ranks` while training goes on. Two threads must not
+interleave on one group: each thread has a `Ranks` of its own. Nothing is pickled. Without an initialised process group
+there is one rank.
 """
 
 import json
@@ -16,7 +17,10 @@ from nltrain.errors import UserError
 
 
 class Ranks:
-    """All ranks of the job, seen through one gloo group; create it on every rank, in the same order."""
+    """All ranks of the job, over one gloo group; create it on every rank, in the same order.
+
+    timeout_s: longest wait of a collective, seconds.
+    """
 
     def __init__(self, timeout_s: float = 1800.0) -> None:
         self._group = None
@@ -48,7 +52,10 @@ class Ranks:
         return [json.loads(row[:length].numpy().tobytes()) for row, length in zip(found, lengths, strict=True)]
 
     def from_first(self, produce: Callable[[], Any]) -> Any:
-        """What `produce` returns on rank 0 (JSON), on every rank; what it raises there is raised everywhere."""
+        """What `produce` returns on rank 0 (JSON), on every rank.
+
+        An exception of `produce` is raised on rank 0 as it is, and on the other ranks as FirstRankError with its text.
+        """
         if self.size == 1:
             return produce()
         answer: dict[str, Any] = {}

@@ -12,16 +12,26 @@ import json
 import types
 import typing
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nltrain.checkpoint.config import CheckpointConfig
 from nltrain.data.config import DataConfig
-from nltrain.errors import ConfigError
+from nltrain.errors import ConfigError, require
 from nltrain.levels.config import LevelsConfig
 from nltrain.model.config import ModelConfig
 from nltrain.runtime.config import ClusterConfig
+from nltrain.settings import MAY_CHANGE, flatten, may_change_patterns, part_type
 from nltrain.track.config import TrackConfig
+
+DERIVED = {
+    "levels.fold_every_tokens": "checkpoint.every_tokens",
+    "levels.schedule.total_tokens": "train.total_tokens",
+}
+"""{field: the field of another room that gives its value where it is None}; `RunConfig.resolved` fills it in.
+
+On resume such a field may differ from the stored one together with the field that it is derived from.
+"""
 
 
 @dataclass(frozen=True)
@@ -30,72 +40,90 @@ class TrainConfig:
 
     total_tokens: int = 1_048_576
     """Training tokens over all ranks; the run ends at the last whole quantum."""
-    micro_batch_size: int = 4
+    micro_batch_size: int = field(default=4, metadata=MAY_CHANGE)
     """Sequences per rank in one forward/backward; a matter of memory, never of the result."""
-    validate_every_tokens: int = 262_144
+    validate_every_tokens: int = field(default=262_144, metadata=MAY_CHANGE)
     """Tokens between validations, rounded up to whole quanta; 0: only at the end."""
-    validation_sequences: int = 64
+    validation_sequences: int = field(default=64, metadata=MAY_CHANGE)
     """Held-out sequences per validation, always the first ones of the validation split; 0: none."""
-    sample_tokens: int = 64
+    sample_tokens: int = field(default=64, metadata=MAY_CHANGE)
     """Tokens to generate as a sample at the end; 0: none."""
     seed: int = 0
     """Seed of the initial weights; the order of the data has its own (`data.seed`)."""
-    reference_max_tokens: int = 50_000_000
+    reference_max_tokens: int = field(default=50_000_000, metadata=MAY_CHANGE)
     """Count the text's unigram and bigram entropies when it has at most this many training tokens."""
 
     def __post_init__(self) -> None:
         for name in ("total_tokens", "micro_batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}={getattr(self, name)}: must be at least 1")
+            value = getattr(self, name)
+            require(value >= 1, f"train.{name}", value, "must be at least 1")
         for name in ("validate_every_tokens", "validation_sequences", "sample_tokens", "reference_max_tokens"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.{name}={getattr(self, name)}: must not be negative")
+            value = getattr(self, name)
+            require(value >= 0, f"train.{name}", value, "must not be negative")
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Everything that decides a run."""
 
-    name: str
+    name: str = field(metadata=MAY_CHANGE)
     """The run's name; resubmitting the same name resumes it."""
-    output: str
+    output: str = field(metadata=MAY_CHANGE)
     """Absolute folder on rank 0's machine for metrics, plots and the summary."""
     model: ModelConfig
     data: DataConfig
     levels: LevelsConfig
-    checkpoint: CheckpointConfig
+    checkpoint: CheckpointConfig = field(metadata=MAY_CHANGE)
     train: TrainConfig = field(default_factory=TrainConfig)
-    track: TrackConfig = field(default_factory=TrackConfig)
-    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    track: TrackConfig = field(default_factory=TrackConfig, metadata=MAY_CHANGE)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig, metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
-        quantum, seq_len = self.quantum_tokens, self.data.seq_len
-        if not self.output.startswith("/"):
-            raise ConfigError(
-                f"output={self.output!r}: must be an absolute folder, since a job's working directory is a copy"
-            )
-        self.levels.check_sequences(seq_len, self.cluster.max_workers)
-        if self.train.total_tokens < quantum:
-            raise ConfigError(
-                f"train.total_tokens={self.train.total_tokens}: less than one quantum of {quantum} tokens; raise it"
-            )
-        schedule = self.levels.schedule
-        if schedule.kind != "constant" and schedule.total_tokens != self.train.total_tokens:
-            raise ConfigError(
-                f"levels.schedule.total_tokens={schedule.total_tokens}: must equal train.total_tokens="
-                f"{self.train.total_tokens}, or the {schedule.kind} schedule ends elsewhere than the run; set both"
-            )
-        if self.checkpoint.every_tokens % quantum:
-            raise ConfigError(
-                f"checkpoint.every_tokens={self.checkpoint.every_tokens}: not a whole number of quanta of "
-                f"{quantum} tokens"
-            )
-        fold, every = self.levels.fold_every_tokens, self.checkpoint.every_tokens
-        if every % fold if fold else every:
-            raise ConfigError(
-                f"levels.fold_every_tokens={fold}: checkpoint.every_tokens={every} must be a whole multiple of it, or "
-                "saves would not resume exactly at another world size"
-            )
+        quantum, total, every = self.quantum_tokens, self.train.total_tokens, self.checkpoint.every_tokens
+        require(
+            self.output.startswith("/"),
+            "output",
+            self.output,
+            "must be an absolute folder, since a job's working directory is a copy",
+        )
+        self.levels.check_sequences(self.data.seq_len, self.cluster.max_workers)
+        require(total >= quantum, "train.total_tokens", total, f"less than one quantum of {quantum} tokens; raise it")
+        require(
+            every % quantum == 0,
+            "checkpoint.every_tokens",
+            every,
+            f"not a whole number of quanta of {quantum} tokens",
+        )
+        levels = self._resolved_levels()
+        schedule, fold = levels.schedule, levels.fold_every_tokens
+        require(
+            schedule.kind == "constant" or schedule.total_tokens == total,
+            "levels.schedule.total_tokens",
+            schedule.total_tokens,
+            f"must equal train.total_tokens={total}, or the {schedule.kind} schedule ends elsewhere than the run; "
+            "leave it at none to have it follow train.total_tokens",
+        )
+        require(
+            fold is None or every % fold == 0,
+            "levels.fold_every_tokens",
+            fold,
+            f"checkpoint.every_tokens={every} must be a whole multiple of it, or saves would not resume exactly at "
+            "another world size; leave it at none to fold at each save by tokens",
+        )
+
+    def resolved(self) -> "RunConfig":
+        """This config with every value that DERIVED names filled in: what a run uses, prints and stores."""
+        return replace(self, levels=self._resolved_levels())
+
+    def _resolved_levels(self) -> LevelsConfig:
+        levels = self.levels
+        if levels.fold_every_tokens is None and self.checkpoint.every_tokens:
+            levels = replace(levels, fold_every_tokens=self.checkpoint.every_tokens)
+        if levels.schedule.total_tokens is None:
+            # A constant schedule has no end: 0 stands for that in every stored config.
+            total_tokens = 0 if levels.schedule.kind == "constant" else self.train.total_tokens
+            levels = replace(levels, schedule=replace(levels.schedule, total_tokens=total_tokens))
+        return levels
 
     @property
     def quantum_tokens(self) -> int:
@@ -104,16 +132,26 @@ class RunConfig:
 
     @property
     def num_quanta(self) -> int:
+        """Whole quanta in `train.total_tokens`: where the run ends."""
         return self.train.total_tokens // self.quantum_tokens
 
 
 def check_vocabulary(config: RunConfig, vocab_size: int) -> None:
     """Refuse a dataset with tokens that the model has no embedding for: on a GPU that ends in an unreadable assert."""
-    if vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size={config.model.vocab_size}: the dataset at data.prefix={config.data.prefix} has "
-            f"{vocab_size} tokens; prepare it with vocab_size={config.model.vocab_size}, or raise the model's"
-        )
+    require(
+        vocab_size <= config.model.vocab_size,
+        "model.vocab_size",
+        config.model.vocab_size,
+        f"the dataset at data.prefix={config.data.prefix} has {vocab_size} tokens; prepare it with "
+        f"vocab_size={config.model.vocab_size}, or raise the model's",
+    )
+
+
+def may_change_on_resume(config: RunConfig) -> tuple[str, ...]:
+    """Patterns of the fields in which `config` may differ from that of the checkpoint from which its run goes on."""
+    patterns = may_change_patterns(RunConfig, config.checkpoint.other_data)
+    # A constant schedule has no end, whatever an earlier release stored as one.
+    return (*patterns, "levels.schedule.total_tokens") if config.levels.schedule.kind == "constant" else patterns
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -142,17 +180,6 @@ def override(config: Any, assignments: Sequence[str]) -> Any:
     return from_dict(type(config), tree)
 
 
-def flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    """{dotted path: leaf} of a config dict; parts with a name are addressed by it."""
-    if isinstance(tree, dict):
-        items = list(tree.items())
-    elif isinstance(tree, list) and tree and all(isinstance(part, dict) and "name" in part for part in tree):
-        items = [(part["name"], part) for part in tree]
-    else:
-        return {path: tree}
-    return {k: v for name, value in items for k, v in flatten(value, f"{path}.{name}" if path else str(name)).items()}
-
-
 def describe(config: Any) -> str:
     """The resolved config, one `field = value` per line."""
     return "\n".join(f"{name} = {json.dumps(value)}" for name, value in flatten(to_dict(config)).items())
@@ -166,7 +193,7 @@ def _assign(cls: type, tree: dict[str, Any], path: list[str], text: str, full: s
     kind = hints[name]
     if dataclasses.is_dataclass(kind) and rest:
         _assign(typing.cast(type, kind), tree[name], rest, text, full)
-    elif (part := _part_type(kind)) and rest:
+    elif (part := part_type(kind)) and rest:
         members = {member.get("name"): member for member in tree[name]}
         if rest[0] not in members or not rest[1:]:
             raise ConfigError(_unknown(full, {str(member) for member in members}, rest[0]))
@@ -175,14 +202,6 @@ def _assign(cls: type, tree: dict[str, Any], path: list[str], text: str, full: s
         raise ConfigError(f"{full}: {name} has no fields of its own")
     else:
         tree[name] = _parse(kind, text, full)
-
-
-def _part_type(kind: Any) -> type | None:
-    """The dataclass X of tuple[X, ...], else None."""
-    arguments = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple and arguments and dataclasses.is_dataclass(arguments[0]):
-        return typing.cast(type, arguments[0])
-    return None
 
 
 def _restore(kind: Any, value: Any, path: str) -> Any:

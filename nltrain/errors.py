@@ -1,4 +1,4 @@
-"""What every room raises when a user can mend the fault: one line with what is wrong, its value and the remedy."""
+"""What every room raises where the user can mend the fault: one line with what is wrong, its value and the remedy."""
 
 from typing import Any
 
@@ -12,6 +12,10 @@ class ConfigError(UserError, ValueError):
 
 
 def require(condition: bool, field: str, value: Any, remedy: str) -> None:
-    """Raise ConfigError unless `condition`: `field=value: remedy`."""
+    """Raise ConfigError unless `condition` holds. Its text: `field=value: remedy`, the value as Python writes it.
+
+    field: the path that a command line takes, such as levels.levels.slow.lr. remedy: what the value must be, or what to
+    do.
+    """
     if not condition:
         raise ConfigError(f"{field}={value!r}: {remedy}")

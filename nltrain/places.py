@@ -1,8 +1,8 @@
 """Places: what a path or URL of a config field or a command line means, before anything is opened there.
 
-An `s3://bucket/key` means itself to the last character: `#`, `?`, `%`, spaces and double slashes are part of a key. A
-local path is made absolute where the command runs in the user's own folder; a submitted job does not, so there a
-relative path is refused with the form to write instead. Knows no storage: standard library only.
+An `s3://bucket/key` is taken to the last character: `#`, `?`, `%`, spaces and double slashes are part of a key. A local
+path is made absolute where the command runs. A submitted job does not run in the user's folder, so there a relative
+path is refused, with the form to write instead. Opens no storage: standard library only.
 """
 
 import os
@@ -19,7 +19,7 @@ _SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):/", re.IGNORECASE)
 
 
 class PlaceError(UserError, ValueError):
-    """A path or URL that names no place of ours; the message says what to write."""
+    """A path or URL that names no place that we can read or write; the message says what to write."""
 
 
 class S3Place(NamedTuple):
@@ -69,10 +69,10 @@ def is_submitted_job() -> bool:
 def absolute_place(field: str, place: str, submitted: bool | None = None) -> str:
     """The place that config field `field` names, in a form that means the same in every process and folder.
 
-    An s3:// URL stays as it is, an empty one too (the field is not set). A local path, also one written as file:// or
-    with `~`, becomes absolute, against the working directory. submitted: whether this is a submitted job (None: asked
-    of the environment); then a relative path is refused, for the user's folder is not known here. Raises PlaceError
-    in one line: field, value, what to write.
+    An s3:// URL stays as it is, and so does an empty one (the field is not set). A local path, also one written as
+    file:// or with `~`, becomes absolute, relative to the working directory. submitted: whether this is a submitted job
+    (None: the environment says so); then a relative path is refused, because the user's folder is not known here.
+    Raises PlaceError in one line: field, value, what to write.
     """
     if not place:
         return place

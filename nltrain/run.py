@@ -21,7 +21,7 @@ from nltrain.checkpoint.load import Loaded
 from nltrain.checkpoint.manifest import checkpoint_name
 from nltrain.checkpoint.rng import capture_rng, restore_rng
 from nltrain.collectives import Ranks
-from nltrain.config import RunConfig, check_vocabulary, to_dict
+from nltrain.config import DERIVED, RunConfig, check_vocabulary, may_change_on_resume, to_dict
 from nltrain.data import Batch, TokenStream, open_order
 from nltrain.derived import cut_of, evaluation_setting, run_facts, samples_of, total_tokens
 from nltrain.evaluate.protocol import Evaluation
@@ -53,41 +53,6 @@ from nltrain.track.record import Record
 from nltrain.track.rows import EndRow, SampleRow, TickRow, evaluation_row
 from nltrain.track.steps import StepLog
 
-# Fields that may differ between a checkpoint and the run that resumes it: they decide where and how fast, not what.
-MAY_CHANGE = (
-    "name",
-    "output",
-    "track",
-    "cluster",
-    "checkpoint",
-    "model.recompute",
-    "model.kernel",
-    "model.compile",
-    "model.compile_backend",
-    "train.micro_batch_size",
-    "train.validate_every_tokens",
-    "train.validation_sequences",
-    "train.sample_tokens",
-    "train.reference_max_tokens",
-    "data.prefix",  # the same data may lie elsewhere: its fingerprint is compared instead
-    "data.cache_dir",
-    "data.cache_bytes",
-    "data.buffer_bytes",
-    "data.prefetch_batches",
-    "data.download_threads",
-    "data.range_read_batches",
-    "data.attempts",
-    "data.timeout_s",
-    "levels.levels.*.zero_stage",
-    "levels.levels.*.offload",
-    "levels.bucket_elements",
-    "levels.prefetch_elements",
-    # What these do to the learning rates is said, or refused, where the schedule is compared.
-    "levels.schedule.extension",
-    "levels.schedule.extends_tokens",
-)
-# And these where checkpoint.other_data allows it.
-OF_THE_DATA = ("data.seed", "data.weights", "data.window_shards", "data.split")
 # Longest wait for the save in flight when a run fails; ranks that are gone make it end at once.
 LAST_SAVE_S = 30.0
 
@@ -99,7 +64,7 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, supervision: Supervision | None = None) -> None:
-        self.config = config
+        self.config = config = config.resolved()
         self._supervision = supervision or Unsupervised(time.time())
         self._supervision.beat(STARTING, 0)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -150,8 +115,8 @@ class Run:
 
     def resume(self) -> None:
         """Go on from the newest sound checkpoint of this run, or start afresh; says which."""
-        may_change = MAY_CHANGE + (OF_THE_DATA if self.config.checkpoint.other_data else ())
-        loaded = self.checkpoints.resume(self._fragments_saved_with, to_dict(self.config), may_change)
+        config, may_change = to_dict(self.config), may_change_on_resume(self.config)
+        loaded = self.checkpoints.resume(self._fragments_saved_with, config, may_change, DERIVED)
         if loaded:
             self._restore(loaded)
         else:

@@ -1,9 +1,10 @@
 """Which checkpoints a run has, which attempt is alive, and what may be deleted.
 
-Guarantees: an attempt's number is claimed by an atomic create, so no two are equal; claiming burns the manifest key of
-every unfinished folder of an older attempt, and a commit looks for newer claims before it creates its manifest. So an
-older attempt that wakes up, wherever it was stopped, cannot commit. Nothing outside the run's own folders is ever
-listed for deletion. Limits: relies on listings that show every object already written (S3 and local folders do).
+Guarantees: an attempt's number is claimed by an atomic create, so no two attempts have the same. Claiming writes a
+tombstone into every older unfinished folder, so late commits fail; a commit also looks for newer claims before it
+creates its manifest. So an older attempt that wakes up, wherever it was stopped, cannot commit. Nothing outside the
+run's own folders is ever listed for deletion. Limits: listings must show every object that was written before (S3 and
+local folders do).
 """
 
 import logging
@@ -152,7 +153,11 @@ def check_alive(store: Store, run: str, attempt: int) -> None:
 
 
 def commit(store: Store, manifest: Manifest) -> None:
-    """Make the folder a checkpoint, if this attempt is alive and the folder not closed. All files must be there."""
+    """Make the folder a checkpoint: create its manifest. All files must be there.
+
+    Raises StaleAttemptError where a newer attempt has begun or the folder is closed, StoreError where the manifest
+    could not be written.
+    """
     check_alive(store, manifest.run, manifest.attempt)
     data, key = manifest.to_bytes(), key_of(manifest.run, manifest.name)
     try:
@@ -193,10 +198,10 @@ def to_delete(
     keep_every_tokens: int = 0,
     refused: Collection[str] = (),
 ) -> list[str]:
-    """Names of the complete checkpoints that retention lets go; pure.
+    """Names of the complete checkpoints that retention deletes; a pure function.
 
     Kept: the newest `keep_last`; for each multiple of `keep_every_tokens` the first at or after it; those in `refused`,
-    which failed verification and count for nothing. Incomplete folders are not its business.
+    which failed verification and count towards neither. Incomplete folders are never named.
     """
     sound = sorted((c for c in checkpoints if c.complete and c.name not in refused), key=lambda info: info.order)
     kept = {info.name for info in sound[-max(1, keep_last) :]}
@@ -209,9 +214,10 @@ def to_delete(
 
 
 def delete_checkpoint(store: Store, run: str, name: str, attempt: int) -> None:
-    """Remove one checkpoint: first it ceases to be one, then its files go. The closed manifest key stays behind.
+    """Remove one checkpoint: first replace its manifest with a tombstone, then delete its files.
 
-    It stays because the attempt that wrote the folder might still be retrying its commit; a few hundred bytes each.
+    The tombstone stays, a few hundred bytes, because the attempt that wrote the folder might still retry its commit.
+    Raises CheckpointError where `name` is no checkpoint folder.
     """
     found = parse_name(name)
     if found is None:
@@ -230,9 +236,10 @@ def _delete_files(store: Store, run: str, name: str) -> None:
 def apply_retention(
     store: Store, run: str, attempt: int, keep_last: int, keep_every_tokens: int, refused: Collection[str] = ()
 ) -> list[str]:
-    """Delete what the policy lets go and the files of closed folders of older attempts; returns the names deleted.
+    """Delete what the policy does not keep, and the files of closed folders of older attempts; returns the names.
 
-    To be called by the live attempt after a commit of its own; a folder in flight has no manifest and is left alone.
+    Only the live attempt calls this, after a commit of its own. A folder in flight has no manifest and is left alone.
+    Raises StaleAttemptError where a newer attempt has begun.
     """
     found = list_checkpoints(store, run)
     going = to_delete(found, keep_last, keep_every_tokens, refused)

@@ -3,14 +3,18 @@
 import json
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from nltrain.checkpoint.errors import ConfigChangedError
+from nltrain.settings import flatten
 
 ABSENT = "<absent>"
 
 
 class Difference(NamedTuple):
+    """A field whose stored value is not the present one."""
+
     field: str  # dotted path; parts of a list that have names are addressed by them: levels.slow.lr
     stored: Any
     present: Any
@@ -19,22 +23,9 @@ class Difference(NamedTuple):
         return f"{self.field}: stored {self.stored!r}, now {self.present!r}"
 
 
-def _leaves(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        children = [(str(key), child) for key, child in value.items()]
-    elif isinstance(value, list) and value and all(isinstance(part, Mapping) and "name" in part for part in value):
-        children = [(str(part["name"]), part) for part in value]
-    else:
-        return {path: value}
-    found: dict[str, Any] = {}
-    for key, child in children:
-        found |= _leaves(child, f"{path}.{key}" if path else key)
-    return found
-
-
 def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[Difference]:
     """All fields whose values differ, by dotted path; tuples equal lists, as JSON has only the one."""
-    before, now = (_leaves(json.loads(json.dumps(config))) for config in (stored, present))
+    before, now = (flatten(json.loads(json.dumps(config))) for config in (stored, present))
     return [
         Difference(field, before.get(field, ABSENT), now.get(field, ABSENT))
         for field in sorted(before.keys() | now.keys())
@@ -43,21 +34,32 @@ def differences(stored: Mapping[str, Any], present: Mapping[str, Any]) -> list[D
 
 
 def check_config(
-    stored: Mapping[str, Any], present: Mapping[str, Any], may_change: Iterable[str] = ()
+    stored: Mapping[str, Any],
+    present: Mapping[str, Any],
+    may_change: Iterable[str] = (),
+    derived: Mapping[str, str] = MappingProxyType({}),
 ) -> list[Difference]:
-    """The allowed differences. A field that matches no pattern of `may_change` and differs raises ConfigChangedError.
+    """The allowed differences; raises ConfigChangedError where any other field differs.
 
-    A pattern is an fnmatch over the dotted path; `data` also stands for everything below it.
+    may_change: fnmatch patterns over dotted paths; `data` also stands for everything below it.
+    derived: {field: the field that gives its value}. Where a field has the value of its source, and the source differs
+    and is allowed to, the field is allowed to differ with it.
     """
     patterns = tuple(may_change)
+
+    def fits(field: str) -> bool:
+        return any(fnmatchcase(field, pattern) or fnmatchcase(field, f"{pattern}.*") for pattern in patterns)
+
+    found = {difference.field: difference for difference in differences(stored, present)}
+
+    def follows(difference: Difference) -> bool:
+        source = found.get(derived.get(difference.field, ""))
+        return source is not None and fits(source.field) and difference.present == source.present
+
     allowed: list[Difference] = []
     refused: list[Difference] = []
-    for difference in differences(stored, present):
-        fits = any(
-            fnmatchcase(difference.field, pattern) or fnmatchcase(difference.field, f"{pattern}.*")
-            for pattern in patterns
-        )
-        (allowed if fits else refused).append(difference)
+    for difference in found.values():
+        (allowed if fits(difference.field) or follows(difference) else refused).append(difference)
     if refused:
         raise ConfigChangedError(
             "the config differs from the stored one in what changes the training: "
@@ -68,8 +70,10 @@ def check_config(
     return [difference for difference in allowed if difference.stored != ABSENT]
 
 
-def check_state(state: Any, config: Mapping[str, Any] | None, may_change: Iterable[str]) -> list[Difference]:
+def check_state(
+    state: Any, config: Mapping[str, Any] | None, may_change: Iterable[str], derived: Mapping[str, str]
+) -> list[Difference]:
     """`check_config` with the config in a stored state; nothing to compare where one of them has none."""
     if config is None or not isinstance(state, dict) or "config" not in state:
         return []
-    return check_config(state["config"], config, may_change)
+    return check_config(state["config"], config, may_change, derived)

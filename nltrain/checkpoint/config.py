@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
+from nltrain.errors import require
+
 _MIN_FILE_BYTES, _MAX_FILE_BYTES = 1 << 16, 5_000_000_000
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When a run saves, what it keeps, and from what it goes on. All of it may differ on resume."""
+
     url: str
     """Folder or s3://bucket/prefix that holds all runs; a run's checkpoints lie under <url>/<run>/checkpoints."""
     every_tokens: int = 0
@@ -46,8 +50,7 @@ class CheckpointConfig:
     """Longest wait for a save, or for the other ranks in one, seconds."""
 
     def __post_init__(self) -> None:
-        if not self.url:
-            raise ValueError("checkpoint.url='' names no place: give a folder or s3://bucket/prefix")
+        require(bool(self.url), "checkpoint.url", self.url, "names no place: give a folder or s3://bucket/prefix")
         for name, least in (
             ("every_tokens", 0),
             ("every_minutes", 0),
@@ -56,21 +59,20 @@ class CheckpointConfig:
             ("max_failures", 1),
             ("num_threads", 1),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"checkpoint.{name}={getattr(self, name)} is too small: give {least} or more")
+            value = getattr(self, name)
+            require(value >= least, f"checkpoint.{name}", value, f"must be at least {least}")
         for name, choices in (
             ("verify", ("hashes", "sizes")),
             ("when_busy", ("wait", "skip")),
             ("when_full", ("fail", "make_room")),
         ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"checkpoint.{name}={getattr(self, name)!r} is unknown: choose {' or '.join(choices)}")
-        if not _MIN_FILE_BYTES <= self.max_file_bytes <= _MAX_FILE_BYTES:
-            raise ValueError(
-                f"checkpoint.max_file_bytes={self.max_file_bytes} must lie in [{_MIN_FILE_BYTES}, {_MAX_FILE_BYTES}]: "
-                "S3 takes no larger object in one request"
-            )
-        if not self.timeout_s > 0:
-            raise ValueError(f"checkpoint.timeout_s={self.timeout_s} must be positive seconds")
-        if not self.resume:
-            raise ValueError("checkpoint.resume='' is unknown: give auto, never or URL[@tokens]")
+            value = getattr(self, name)
+            require(value in choices, f"checkpoint.{name}", value, f"choose {' or '.join(choices)}")
+        require(
+            _MIN_FILE_BYTES <= self.max_file_bytes <= _MAX_FILE_BYTES,
+            "checkpoint.max_file_bytes",
+            self.max_file_bytes,
+            f"must lie in [{_MIN_FILE_BYTES}, {_MAX_FILE_BYTES}]: S3 takes no larger object in one request",
+        )
+        require(self.timeout_s > 0, "checkpoint.timeout_s", self.timeout_s, "must be positive")
+        require(bool(self.resume), "checkpoint.resume", self.resume, "choose auto, never or URL[@tokens]")

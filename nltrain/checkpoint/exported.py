@@ -14,7 +14,7 @@ import torch
 
 from nltrain.checkpoint.errors import MismatchError
 from nltrain.checkpoint.tools import CONFIG, read_exported
-from nltrain.model import LanguageModel, ModelConfig, ModelConfigError, build
+from nltrain.model import LanguageModel, ModelConfig, build
 
 
 def load_model(folder: str | PathLike[str], device: str | torch.device = "cpu") -> LanguageModel:
@@ -25,7 +25,7 @@ def load_model(folder: str | PathLike[str], device: str | torch.device = "cpu") 
     path = Path(folder) / CONFIG
     try:
         config = ModelConfig.from_saved(json.loads(path.read_text())["model"])
-    except (OSError, ValueError, KeyError, TypeError, ModelConfigError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise MismatchError(f"{path}: no model of an export ({type(error).__name__}: {error})") from None
     model = build(config)
     waiting = dict(model.named_parameters())

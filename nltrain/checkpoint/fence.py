@@ -1,5 +1,7 @@
-"""Looks on a thread of its own whether a newer attempt of the run has begun: a stale one must not train on until its
-next save."""
+"""Looks on a thread of its own whether a newer attempt of the run has begun.
+
+Without it a stale attempt would train on until its next save.
+"""
 
 import threading
 
@@ -12,10 +14,11 @@ EVERY_S = 5.0
 
 
 class Fence:
-    """`stale`: why this attempt must stop; empty while it is the newest, as far as the store could tell."""
+    """Watches one attempt of a run until `close`. every_s: seconds between two looks; None: EVERY_S."""
 
     def __init__(self, store: Store, run: str, attempt: int, every_s: float | None = None) -> None:
         self.stale = ""
+        """Why this attempt must stop; empty while the store has shown no newer one."""
         self._store, self._run, self._attempt = store, run, attempt
         self._every_s = EVERY_S if every_s is None else every_s
         self._closed = threading.Event()
@@ -23,6 +26,7 @@ class Fence:
         self._thread.start()
 
     def close(self) -> None:
+        """Look no more."""
         self._closed.set()
 
     def _look(self) -> None:
@@ -33,4 +37,4 @@ class Fence:
                 self.stale = str(error)
                 return
             except StoreError:
-                continue  # saves tell of a store in trouble; the next look may succeed
+                continue  # a save reports a store that does not answer; the next look may succeed

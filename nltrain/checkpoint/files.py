@@ -121,6 +121,7 @@ class Staging:
             torch.cuda.synchronize(device)
 
     def data(self, index: int) -> memoryview:
+        """The bytes of the file `parts[index]`, header included; no copy."""
         return self._buffers[index].numpy().data
 
 

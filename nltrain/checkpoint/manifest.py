@@ -7,7 +7,8 @@
         manifest.json                                         written last, by an atomic create
 
 The attempt is part of the folder's name, so no attempt can write into another's. The manifest key can be created once:
-by the commit, or by a newer attempt that burns it first. It carries a hash of itself and of every file.
+by the commit, or by a newer attempt that writes a tombstone there first. The manifest carries a hash of itself and of
+every file.
 """
 
 import json
@@ -29,18 +30,22 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class FileEntry(NamedTuple):
+    """One file of a checkpoint."""
+
     path: str  # inside the checkpoint's folder
     num_bytes: int
     sha256: str
 
 
 def check_run(run: str) -> str:
+    """`run`, a name or names separated by slashes. Raises CheckpointError where it cannot be a folder of the store."""
     if not _RUN.fullmatch(run):
         raise CheckpointError(f"run={run!r} is no name for a folder: use letters, digits, '.', '_' and '-'")
     return run
 
 
 def checkpoint_name(tokens: int, attempt: int) -> str:
+    """The folder's name of the checkpoint that `attempt` saves at T = `tokens`; `parse_name` reads it."""
     return f"tokens_{tokens:012d}-attempt_{attempt:04d}"
 
 
@@ -51,10 +56,12 @@ def parse_name(name: str) -> tuple[int, int] | None:
 
 
 def checkpoints_prefix(run: str) -> str:
+    """What the keys of all checkpoints of the run begin with."""
     return f"{run}/checkpoints/"
 
 
 def key_of(run: str, name: str, path: str = MANIFEST) -> str:
+    """The store's key of the file `path` in checkpoint `name` of the run; with an empty path: of the folder."""
     return f"{checkpoints_prefix(run)}{name}/{path}"
 
 
@@ -78,9 +85,11 @@ class Manifest:
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of all files but the manifest."""
         return sum(entry.num_bytes for entry in self.files)
 
     def to_bytes(self) -> bytes:
+        """The manifest as stored, with its own sha256; `parse_manifest` reads it."""
         body = asdict(self) | {"files": [list(entry) for entry in self.files]}
         return json.dumps({"manifest": body, "sha256": sha256_of(body, "manifest")}, indent=1, sort_keys=True).encode()
 
@@ -91,6 +100,7 @@ def tombstone(run: str, name: str, attempt: int, reason: str) -> bytes:
 
 
 def parse_json(data: bytes, what: str) -> Any:
+    """The value of the JSON file `what`. Raises CorruptCheckpointError where it is no JSON."""
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -142,6 +152,8 @@ class StoredPiece(NamedTuple):
 
 
 class StoredTensor(NamedTuple):
+    """A tensor of the layout: its safetensors dtype, its number of elements, and its pieces in order."""
+
     dtype: str
     total: int
     pieces: tuple[StoredPiece, ...]

@@ -32,6 +32,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def itemsize(dtype_name: str) -> int:
+    """Bytes of one element of a dtype of DTYPES."""
     return DTYPES[dtype_name].itemsize
 
 
@@ -46,6 +47,7 @@ class Piece(NamedTuple):
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of the elements."""
         return self.numel * itemsize(self.dtype)
 
 

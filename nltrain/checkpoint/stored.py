@@ -24,11 +24,15 @@ from nltrain.store import MissingObjectError, Store
 
 
 def own_path(rank: int) -> str:
+    """The path in the checkpoint's folder of what says a rank's own state."""
     return f"rank_{rank:05d}/own.json"
 
 
 class StoredCheckpoint:
-    """Opening reads the manifest and checks the sizes of all files; raises CorruptCheckpointError by name."""
+    """A checkpoint that is open for reading.
+
+    Opening reads the manifest and checks the sizes of all files; it raises CorruptCheckpointError naming what is wrong.
+    """
 
     def __init__(self, store: Store, run: str, name: str, num_threads: int = 4) -> None:
         self.store, self.run, self.name, self.num_threads = store, run, name, num_threads
@@ -80,6 +84,7 @@ class StoredCheckpoint:
         return own.get("state"), tensors, targets_of(layout, {name: (tensor, 0) for name, tensor in tensors.items()})
 
     def join_rank_state(self, plain: Any, tensors: Mapping[str, Tensor]) -> Any:
+        """The own state that `plan_rank_state` began, once its tensors are filled. Raises CorruptCheckpointError."""
         try:
             return join(plain, tensors)
         except (KeyError, RuntimeError, TypeError) as error:

@@ -65,4 +65,5 @@ def dump(plain: Any) -> bytes:
 
 
 def sha256_of(value: Any, what: str = "state") -> str:
+    """The hash of a JSON value, the same for every spelling of it. Raises CheckpointError naming what is not JSON."""
     return hashlib.sha256(canonical_json(value, what)).hexdigest()

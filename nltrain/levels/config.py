@@ -8,8 +8,9 @@ micro-batch and accumulation. Imports neither deepspeed nor torch.
 import math
 from dataclasses import dataclass, field, replace
 
-from nltrain.errors import ConfigError
+from nltrain.errors import ConfigError, require
 from nltrain.levels import optimizers
+from nltrain.settings import MAY_CHANGE
 
 MODES = {1: "local", 2: "sharded", 3: "gathered"}
 """{ZeRO stage: how a level sums its gradients over ranks, docs/levels.md}."""
@@ -21,13 +22,8 @@ NO_DECAY = (VECTORS, "*bias", "*norm.*", "*conv.*", "*memories.*")
 EXTENSIONS = ("follow", "rewarm", "flat", "refuse")
 
 
-class LevelsError(ConfigError):
-    """A level configuration or plan that cannot be honoured; the message names the field, the value and the remedy."""
-
-
-def _require(condition: bool, where: str, name: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise LevelsError(f"{where}.{name} = {value!r}: {remedy}")
+LevelsError = ConfigError
+"""The name by which this room raises ConfigError for a plan of levels that cannot be honoured."""
 
 
 @dataclass(frozen=True)
@@ -38,55 +34,68 @@ class ScheduleConfig:
     """constant | linear | cosine | wsd (warm-up, stable, linear decay); shape after the warm-up"""
     warmup_tokens: int = 0
     """tokens over which the factor rises linearly from 0 to 1"""
-    total_tokens: int = 0
-    """tokens at which the factor reaches min_lr_fraction; unused by constant"""
+    total_tokens: int | None = None
+    """tokens at which the factor reaches min_lr_fraction; unused by constant. None: the run's train.total_tokens"""
     min_lr_fraction: float = 0.0
     """factor at and after total_tokens, in [0, 1]"""
     decay_fraction: float = 0.2
     """wsd only: the last part of total_tokens over which the factor decays, in (0, 1]"""
-    extension: str = "follow"
+    # On resume the schedules as a whole are compared: what a change does to the learning rates is logged, or refused.
+    extension: str = field(default="follow", metadata=MAY_CHANGE)
     """what a run does that is resumed with another schedule: follow (take the new curve at once, and log it), refuse,
     or from extends_tokens on: rewarm (rise to 1 over warmup_tokens, then decay to total_tokens) or flat (keep the last
     factor)"""
-    extends_tokens: int = 0
+    extends_tokens: int = field(default=0, metadata=MAY_CHANGE)
     """rewarm and flat only: total_tokens of the earlier schedule, which holds up to that T; 0: no earlier schedule"""
 
     def __post_init__(self) -> None:
-        where = "ScheduleConfig"
-        _require(self.kind in SCHEDULES, where, "kind", self.kind, f"choose one of {', '.join(SCHEDULES)}")
-        _require(self.warmup_tokens >= 0, where, "warmup_tokens", self.warmup_tokens, "must be >= 0")
-        _require(0 <= self.min_lr_fraction <= 1, where, "min_lr_fraction", self.min_lr_fraction, "must be in [0, 1]")
-        _require(0 < self.decay_fraction <= 1, where, "decay_fraction", self.decay_fraction, "must be in (0, 1]")
-        _require(self.extension in EXTENSIONS, where, "extension", self.extension, f"one of {', '.join(EXTENSIONS)}")
+        def need(holds: bool, name: str, remedy: str) -> None:
+            require(holds, f"levels.schedule.{name}", getattr(self, name), remedy)
+
+        need(self.kind in SCHEDULES, "kind", f"choose one of {', '.join(SCHEDULES)}")
+        need(self.warmup_tokens >= 0, "warmup_tokens", "must be at least 0")
+        need(0 <= self.min_lr_fraction <= 1, "min_lr_fraction", "must lie in [0, 1]")
+        need(0 < self.decay_fraction <= 1, "decay_fraction", "must lie in (0, 1]")
+        need(self.extension in EXTENSIONS, "extension", f"choose one of {', '.join(EXTENSIONS)}")
         extended = self.extension in ("rewarm", "flat")
-        _require(
+        need(
             self.extends_tokens > self.warmup_tokens if extended else self.extends_tokens >= 0,
-            where,
             "extends_tokens",
-            self.extends_tokens,
-            f"extension={self.extension} needs the total_tokens of the earlier schedule",
+            f"extension={self.extension} needs the total_tokens with which the schedule before ended",
         )
-        if extended and self.kind != "constant":
-            least = self.extends_tokens + self.warmup_tokens
-            remedy = f"must be above extends_tokens + warmup_tokens = {least}: train longer, or lower warmup_tokens"
-            _require(self.total_tokens > least, where, "total_tokens", self.total_tokens, remedy)
-        if self.kind != "constant":
-            _require(
-                self.total_tokens > self.warmup_tokens,
-                where,
-                "total_tokens",
-                self.total_tokens,
-                f"{self.kind} needs more than warmup_tokens = {self.warmup_tokens}",
-            )
+        if self.kind == "constant" or self.total_tokens is None:
+            return
+        least = self.extends_tokens + self.warmup_tokens
+        need(
+            not extended or self.total_tokens > least,
+            "total_tokens",
+            f"must be above extends_tokens + warmup_tokens = {least}: train longer, or lower warmup_tokens",
+        )
+        need(
+            self.total_tokens > self.warmup_tokens,
+            "total_tokens",
+            f"{self.kind} needs more than warmup_tokens = {self.warmup_tokens}",
+        )
+
+    @property
+    def end_tokens(self) -> int:
+        """`total_tokens`; 0 of a constant schedule that has none. Raises ConfigError where it has yet to be given."""
+        require(
+            self.kind == "constant" or self.total_tokens is not None,
+            "levels.schedule.total_tokens",
+            self.total_tokens,
+            f"{self.kind} needs it: give the tokens at which the schedule ends",
+        )
+        return self.total_tokens or 0
 
     def factor(self, tokens: int) -> float:
         """Multiplier of every level's lr for an update made at T = `tokens`."""
-        ended = self.extends_tokens
+        ended, end = self.extends_tokens, self.end_tokens
         if self.extension not in ("rewarm", "flat") or self.kind == "constant":
-            return self._curve(tokens, 0, self.total_tokens, 0.0)
+            return self._curve(tokens, 0, end, 0.0)
         if tokens <= ended or self.extension == "flat":
             return self._curve(min(tokens, ended), 0, ended, 0.0)
-        return self._curve(tokens, ended, self.total_tokens, self._curve(ended, 0, ended, 0.0))
+        return self._curve(tokens, ended, end, self._curve(ended, 0, ended, 0.0))
 
     def _curve(self, tokens: int, begin: int, end: int, low: float) -> float:
         """The shape between T = `begin`, where it rises from `low`, and T = `end`."""
@@ -103,7 +112,7 @@ class ScheduleConfig:
 
     def change_at(self, tokens: int, before: "ScheduleConfig") -> tuple[float, float] | None:
         """(factor, factor) of `before` and of this schedule at T = `tokens`; None where they agree from there on."""
-        ends = sorted({tokens, before.total_tokens, self.total_tokens, self.extends_tokens} - {0})
+        ends = sorted({tokens, before.end_tokens, self.end_tokens, self.extends_tokens} - {0})
         samples = [
             tokens,
             *(end for end in ends if end > tokens),
@@ -142,9 +151,9 @@ class LevelConfig:
     """fnmatch patterns over named_parameters(): not decayed; "vectors": all with fewer than two dimensions"""
     clip_norm: float | None = 1.0
     """largest norm of the level's mean gradient over the window; None does not clip"""
-    zero_stage: int = 1
+    zero_stage: int = field(default=1, metadata=MAY_CHANGE)
     """1: sums locally, reduces at the tick; 2: reduces every micro-step into shards; 3: also shards the weights"""
-    offload: bool = False
+    offload: bool = field(default=False, metadata=MAY_CHANGE)
     """keeps masters and optimizer state in host memory between ticks: saves 12 bytes per parameter / world size"""
     frozen: bool = False
     """never updated; its weights are still sharded, saved and exported"""
@@ -152,7 +161,6 @@ class LevelConfig:
     """caps ||dW|| / ||W|| of one tick over the level; None does not cap"""
 
     def __post_init__(self) -> None:
-        where = f"LevelConfig({self.name!r})"
         object.__setattr__(
             self, "parameters", (self.parameters,) if isinstance(self.parameters, str) else tuple(self.parameters)
         )
@@ -160,21 +168,28 @@ class LevelConfig:
         object.__setattr__(
             self, "no_decay", (self.no_decay,) if isinstance(self.no_decay, str) else tuple(self.no_decay)
         )
-        need = lambda ok, name, remedy: _require(ok, where, name, getattr(self, name), remedy)  # noqa: E731
+
+        def need(holds: bool, name: str, remedy: str) -> None:
+            require(holds, f"levels.levels.{self.name}.{name}", getattr(self, name), remedy)
+
         need(bool(self.name) and "/" not in self.name, "name", "must be a non-empty string without '/'")
         need(bool(self.parameters), "parameters", 'give at least one pattern, or ("rest",)')
         need(self.parameters == ("rest",) or "rest" not in self.parameters, "parameters", '"rest" must stand alone')
-        need(self.period_tokens >= 1, "period_tokens", "must be >= 1")
+        need(self.period_tokens >= 1, "period_tokens", "must be at least 1")
         need(
             self.phase_tokens is None or 0 <= self.phase_tokens < self.period_tokens,
             "phase_tokens",
-            f"must be None or in [0, period_tokens = {self.period_tokens})",
+            f"must be none or lie in [0, period_tokens={self.period_tokens})",
         )
         for name, remedy in optimizers.problems(self):
             need(False, name, remedy)
-        need(self.lr >= 0 and math.isfinite(self.lr), "lr", "must be finite and >= 0")
-        need(self.weight_decay >= 0 and self.lr * self.weight_decay < 1, "weight_decay", "must be >= 0 and lr * it < 1")
-        need(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be > 0, or None for no clipping")
+        need(self.lr >= 0 and math.isfinite(self.lr), "lr", "must be finite and at least 0")
+        need(
+            self.weight_decay >= 0 and self.lr * self.weight_decay < 1,
+            "weight_decay",
+            "must be at least 0, below 1 / lr",
+        )
+        need(self.clip_norm is None or self.clip_norm > 0, "clip_norm", "must be positive, or none for no clipping")
         need(
             self.zero_stage in MODES,
             "zero_stage",
@@ -183,7 +198,7 @@ class LevelConfig:
         need(
             self.max_relative_change is None or self.max_relative_change > 0,
             "max_relative_change",
-            "must be > 0, or None for no cap",
+            "must be positive, or none for no cap",
         )
 
     @property
@@ -208,7 +223,8 @@ class LevelsConfig:
     """fp32 | bf16: dtype of gradients on the network for levels that are due every quantum; bf16 halves their bytes.
     Gradients of slower levels, whose windows sum many quanta, and folds are always reduced in fp32"""
     fold_every_tokens: int | None = None
-    """tokens between reductions of local gradient sums into shards: a save there is exact at any world size"""
+    """tokens between reductions of local gradient sums into shards: a save there is exact at any world size. None: the
+    run's checkpoint.every_tokens; no such reductions where that is 0"""
     lr_period_exponent: float = 0.0
     """x: a level's lr is multiplied by (period / base period)^x; in our runs 1 was too high, 0 to 0.5 were alike"""
     max_lr: float | None = None
@@ -220,48 +236,50 @@ class LevelsConfig:
     cause one are left out; None: never"""
     max_consecutive_skips: int = 16
     """the run stops after this many micro-steps in a row with a rank left out, or skipped ticks of a level in a row"""
-    bucket_elements: int = 2**25
+    bucket_elements: int = field(default=2**25, metadata=MAY_CHANGE)
     """elements per flattened group, which is one collective; smaller groups overlap more, larger have less latency"""
-    prefetch_elements: int = 50_000_000
+    prefetch_elements: int = field(default=50_000_000, metadata=MAY_CHANGE)
     """ZeRO-3: largest number of weights gathered ahead of use; as many stay gathered until backward; 0: none"""
     measure_changes: bool = True
     """logs ||dW||/||W|| and drift ||W - W_0||/||W_0|| of every tick; W_0 takes 4 bytes per parameter / world size"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
-        need = lambda ok, name, remedy: _require(ok, "LevelsConfig", name, getattr(self, name), remedy)  # noqa: E731
-        if not self.levels:
-            raise LevelsError("LevelsConfig.levels is empty: give at least one LevelConfig")
+
+        def need(holds: bool, name: str, remedy: str) -> None:
+            require(holds, f"levels.{name}", getattr(self, name), remedy)
+
         names = [level.name for level in self.levels]
+        require(bool(names), "levels.levels", names, "is empty: give at least one level")
         twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise LevelsError(f"LevelsConfig.levels has two levels of one name: {', '.join(twice)}; rename one")
+        require(not twice, "levels.levels", names, f"two levels of one name: {', '.join(twice)}; rename one")
         rest = [level.name for level in self.levels if level.parameters == ("rest",)]
-        if len(rest) > 1:
-            raise LevelsError(f'LevelsConfig.levels: {", ".join(rest)} all take ("rest",); at most one level may')
+        require(len(rest) <= 1, "levels.levels", names, f'{", ".join(rest)} all take ("rest",); at most one level may')
         need(self.dtype in ("fp32", "bf16"), "dtype", "choose fp32 or bf16")
         need(self.reduce_dtype in ("fp32", "bf16"), "reduce_dtype", "choose fp32 or bf16")
-        need(self.quantum_tokens is None or self.quantum_tokens > 0, "quantum_tokens", "must be > 0 or None")
-        need(self.max_consecutive_skips >= 1, "max_consecutive_skips", "must be >= 1")
-        need(self.spike_sigma is None or self.spike_sigma > 0, "spike_sigma", "must be > 0 or None")
-        need(self.bucket_elements >= 1, "bucket_elements", "must be >= 1")
-        need(self.max_lr is None or self.max_lr > 0, "max_lr", "must be > 0 or None")
+        need(self.quantum_tokens is None or self.quantum_tokens > 0, "quantum_tokens", "must be positive or none")
+        need(self.max_consecutive_skips >= 1, "max_consecutive_skips", "must be at least 1")
+        need(self.spike_sigma is None or self.spike_sigma > 0, "spike_sigma", "must be positive or none")
+        need(self.bucket_elements >= 1, "bucket_elements", "must be at least 1")
+        need(self.max_lr is None or self.max_lr > 0, "max_lr", "must be positive or none")
         for level in self.levels:
-            if level.period_tokens < self.quantum:
-                raise LevelsError(
-                    f"LevelConfig({level.name!r}).period_tokens = {level.period_tokens} is below the quantum of "
-                    f"{self.quantum} tokens: a level ticks once per quantum at most; raise it or lower quantum_tokens"
-                )
-        if self.reduce_dtype != "fp32" and all(level.period_tokens > self.quantum for level in self.levels):
-            raise LevelsError(
-                f"LevelsConfig.reduce_dtype = {self.reduce_dtype!r}: no level is due every quantum of {self.quantum} "
-                "tokens, and slower ones are reduced in fp32; choose fp32"
+            require(
+                level.period_tokens >= self.quantum,
+                f"levels.levels.{level.name}.period_tokens",
+                level.period_tokens,
+                f"is below the quantum of {self.quantum} tokens: a level ticks once per quantum at most; raise it or "
+                "lower levels.quantum_tokens",
             )
-        if self.fold_every_tokens is not None and self.fold_every_tokens < self.quantum:
-            raise LevelsError(
-                f"LevelsConfig.fold_every_tokens = {self.fold_every_tokens}: must be at least the quantum of "
-                f"{self.quantum} tokens"
-            )
+        need(
+            self.reduce_dtype == "fp32" or any(level.period_tokens == self.quantum for level in self.levels),
+            "reduce_dtype",
+            f"no level is due every quantum of {self.quantum} tokens, and slower ones are reduced in fp32; choose fp32",
+        )
+        need(
+            self.fold_every_tokens is None or self.fold_every_tokens >= self.quantum,
+            "fold_every_tokens",
+            f"must be at least the quantum of {self.quantum} tokens",
+        )
 
     @property
     def quantum(self) -> int:
@@ -279,20 +297,23 @@ class LevelsConfig:
 
     def check_sequences(self, seq_len: int, max_world_size: int) -> int:
         """Sequences of `seq_len` tokens per quantum; refuses a quantum that cannot feed `max_world_size` ranks."""
-        if self.quantum % seq_len:
-            lower = max(1, self.quantum // seq_len) * seq_len
-            raise LevelsError(
-                f"LevelsConfig.quantum_tokens = {self.quantum} is not a whole number of sequences of {seq_len} tokens; "
-                f"use {lower} or {lower + seq_len}"
-            )
+        lower = max(1, self.quantum // seq_len) * seq_len
+        require(
+            self.quantum % seq_len == 0,
+            "levels.quantum_tokens",
+            self.quantum,
+            f"is not a whole number of sequences of {seq_len} tokens; use {lower} or {lower + seq_len}",
+        )
         num_sequences = self.quantum // seq_len
-        if num_sequences < max_world_size:
-            raise LevelsError(
-                f"LevelsConfig.quantum_tokens = {self.quantum} holds {num_sequences} sequences of {seq_len} tokens, "
-                f"fewer than {max_world_size} ranks. Raise it to at least {max_world_size * seq_len}, with periods, lr "
-                "and decay as levels.recipes.larger_quantum does (jobs/hope_1p3b_256.py), or begin with sequences of "
-                f"at most {self.quantum // max_world_size} tokens (data.seq_len), or lower cluster.max_workers"
-            )
+        require(
+            num_sequences >= max_world_size,
+            "levels.quantum_tokens",
+            self.quantum,
+            f"holds {num_sequences} sequences of {seq_len} tokens, fewer than {max_world_size} ranks. Raise it to at "
+            f"least {max_world_size * seq_len}, with periods, lr and decay as levels.recipes.larger_quantum does "
+            "(jobs/hope_1p3b_256.py), or begin with sequences of at most "
+            f"{self.quantum // max_world_size} tokens (data.seq_len), or lower cluster.max_workers",
+        )
         return num_sequences
 
     def resolved(self) -> tuple[LevelConfig, ...]:

@@ -3,7 +3,7 @@
 `preset(family, name)` gives a config, `build(config)` the model, `config.level_patterns()` the CMS levels by name.
 """
 
-from nltrain.model.config import FAMILIES, ModelConfig, ModelConfigError
+from nltrain.model.config import FAMILIES, ModelConfig
 from nltrain.model.lm import LanguageModel, LanguageModelState, build
 from nltrain.model.presets import SIZES, preset
 
@@ -13,7 +13,6 @@ __all__ = [
     "LanguageModel",
     "LanguageModelState",
     "ModelConfig",
-    "ModelConfigError",
     "build",
     "preset",
 ]

@@ -9,24 +9,20 @@ from typing import Any
 
 from kernels import MemoryRule
 from kernels.dispatch import Options, refusal
-from nltrain.errors import require
+from nltrain.errors import ConfigError, require
+from nltrain.settings import MAY_CHANGE
 
 FAMILIES = ("hope", "hope_attention", "titans", "matrix", "transformer")
 ATTENTION_FAMILIES = ("hope_attention", "transformer")
 # Fields that decide which code computes the numbers. They change results within rounding only: they may change on
 # resume, and what is kept of a run (an exported model, the result of a benchmark) does not depend on them.
 IMPLEMENTATION_FIELDS = ("kernel", "compile", "compile_backend")
-MAY_CHANGE = {"may_change": "always"}  # metadata of a field that may differ between a checkpoint and its resumption
 # Child names of the CMS module that are not levels.
 RESERVED_LEVEL_NAMES = ("mix", "base", "rest")
 
 # What release 0.1.0, which had no such fields, did.
 BEFORE_FIELDS = {"level_mlp": "silu", "down_init": "small"}
 BEFORE_RULE_FIELDS = {"gradient_bound": None}
-
-
-class ModelConfigError(ValueError):
-    """A model option outside its range; the message names the field, its value and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class ModelConfig:
     """Initial inner learning rate. None: min(0.1, eta_max / 2)."""
     alpha_init: float = 0.99
     """Initial retention per token."""
-    recompute: str = "none"
+    recompute: str = field(default="none", metadata=MAY_CHANGE)
     """"none": keep all activations of the chunk loop. "chunks": keep the memories' states at every sqrt(chunks)-th
     boundary and recompute the rest in the backward pass."""
     truncate_chunks: int | None = None
@@ -93,38 +89,31 @@ class ModelConfig:
     a GPU; "aot_eager" needs neither and is no faster than no compilation."""
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ModelConfigError(f"ModelConfig.family = {self.family!r}: choose one of {', '.join(FAMILIES)}")
-        for name in ("vocab_size", "width", "num_layers", "head_dim", "memory_hidden"):
-            if getattr(self, name) < 1:
-                raise ModelConfigError(f"ModelConfig.{name} = {getattr(self, name)}: give at least 1")
-        if self.width % self.head_dim:
-            raise ModelConfigError(f"ModelConfig.head_dim = {self.head_dim}: must divide width = {self.width}")
-        if self.family in ATTENTION_FAMILIES and self.head_dim % 2:
-            raise ModelConfigError(f"ModelConfig.head_dim = {self.head_dim}: rotary positions need an even number")
+        def need(holds: bool, name: str, remedy: str) -> None:
+            require(holds, f"model.{name}", getattr(self, name), remedy)
+
         object.__setattr__(self, "levels", tuple(self.levels))
-        bad = [n for n in self.levels if not n.isidentifier() or n in RESERVED_LEVEL_NAMES]
-        if bad or not self.levels or len(set(self.levels)) != len(self.levels):
-            raise ModelConfigError(
-                f"ModelConfig.levels = {self.levels}: give distinct identifiers, fast to slow, none of "
-                f"{', '.join(RESERVED_LEVEL_NAMES)}"
-            )
-        if self.cms_variant not in ("chain", "independent"):
-            raise ModelConfigError(f"ModelConfig.cms_variant = {self.cms_variant!r}: choose chain or independent")
-        if self.level_mlp not in ("swiglu", "silu"):
-            raise ModelConfigError(f"ModelConfig.level_mlp = {self.level_mlp!r}: choose swiglu or silu")
-        if self.down_init not in ("zero", "small"):
-            raise ModelConfigError(f"ModelConfig.down_init = {self.down_init!r}: choose zero or small")
-        if self.family not in ATTENTION_FAMILIES:
+        need(self.family in FAMILIES, "family", f"choose one of {', '.join(FAMILIES)}")
+        for name in ("vocab_size", "width", "num_layers", "head_dim", "memory_hidden"):
+            need(getattr(self, name) >= 1, name, "must be at least 1")
+        need(self.width % self.head_dim == 0, "head_dim", f"must divide model.width={self.width}")
+        has_memories = self.family not in ATTENTION_FAMILIES
+        need(has_memories or self.head_dim % 2 == 0, "head_dim", "rotary positions need an even number")
+        names = [name for name in self.levels if name.isidentifier() and name not in RESERVED_LEVEL_NAMES]
+        need(
+            bool(names) and len(set(names)) == len(self.levels),
+            "levels",
+            f"give distinct identifiers, fast to slow, none of {', '.join(RESERVED_LEVEL_NAMES)}",
+        )
+        need(self.cms_variant in ("chain", "independent"), "cms_variant", "choose chain or independent")
+        need(self.level_mlp in ("swiglu", "silu"), "level_mlp", "choose swiglu or silu")
+        need(self.down_init in ("zero", "small"), "down_init", "choose zero or small")
+        if has_memories:
             self.rule.check_heads(self.num_heads)
-        if self.cms_total < len(self.levels):
-            raise ModelConfigError(f"ModelConfig.cms_hidden = {self.cms_hidden}: give at least one per level")
-        if self.conv_width < 0:
-            raise ModelConfigError(f"ModelConfig.conv_width = {self.conv_width}: give 0 for none, or the taps")
-        if self.recompute not in ("none", "chunks"):
-            raise ModelConfigError(f"ModelConfig.recompute = {self.recompute!r}: choose none or chunks")
-        if self.truncate_chunks is not None and self.truncate_chunks < 1:
-            raise ModelConfigError(f"ModelConfig.truncate_chunks = {self.truncate_chunks}: give at least 1, or None")
+        need(self.cms_total >= len(self.levels), "cms_hidden", "must be at least one per level")
+        need(self.conv_width >= 0, "conv_width", "must be at least 0: the taps, or 0 for none")
+        need(self.recompute in ("none", "chunks"), "recompute", "choose none or chunks")
+        need(self.truncate_chunks is None or self.truncate_chunks >= 1, "truncate_chunks", "give at least 1, or none")
         self._check_implementation()
 
     def _check_implementation(self) -> None:
@@ -211,7 +200,7 @@ class ModelConfig:
         """The inverse of `to_dict`, refusing unknown names."""
         unknown = set(values) - {f.name for f in fields(cls)}
         if unknown:
-            raise ModelConfigError(f"ModelConfig has no field {sorted(unknown)}")
+            raise ConfigError(f"model: no such fields: {', '.join(sorted(unknown))}; leave them out")
         values = dict(values)
         if isinstance(values.get("rule"), dict):
             values["rule"] = MemoryRule.from_dict(values["rule"])

@@ -7,7 +7,8 @@ width a multiple of 128, tied embeddings of 32,000 tokens. `tiny` is for laptops
 from dataclasses import replace
 
 from kernels import MemoryRule
-from nltrain.model.config import FAMILIES, ModelConfig, ModelConfigError
+from nltrain.errors import ConfigError
+from nltrain.model.config import FAMILIES, ModelConfig
 
 # name: (vocabulary, width, layers, head width, memory hidden width, CMS hidden width or None for 8 D^2)
 # Sizes count V D + L (13 D^2 + 8 D h + small).
@@ -32,9 +33,9 @@ MATRIX = MemoryRule(
 def preset(family: str, name: str) -> ModelConfig:
     """The config of one size of one family: tiny, 160m, 340m, 760m, 1p3b."""
     if name not in SIZES:
-        raise ModelConfigError(f"preset {name!r}: choose one of {', '.join(SIZES)}")
+        raise ConfigError(f"preset {name!r}: choose one of {', '.join(SIZES)}")
     if family not in FAMILIES:
-        raise ModelConfigError(f"preset family {family!r}: choose one of {', '.join(FAMILIES)}")
+        raise ConfigError(f"preset family {family!r}: choose one of {', '.join(FAMILIES)}")
     vocab_size, width, num_layers, head_dim, hidden, cms_hidden = SIZES[name]
     config = ModelConfig(
         family=family,

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from nltrain.errors import require
+
 STOP_WAIT_S = 120
 """Seconds a cluster of ours gives a stopped job to save (RAY_JOB_STOP_WAIT_TIME_S at `ray start`; Ray's own: 3)."""
 
@@ -52,12 +54,13 @@ class ClusterConfig:
     """How often Ray looks after its workers; a lost rank is noticed after about this long."""
 
     def __post_init__(self) -> None:
-        if self.max_workers < 1:
-            raise ValueError(f"cluster.max_workers={self.max_workers}: must be at least 1")
-        if self.min_workers is not None and not 1 <= self.min_workers <= self.max_workers:
-            raise ValueError(
-                f"cluster.min_workers={self.min_workers}: must lie between 1 and cluster.max_workers={self.max_workers}"
-            )
+        require(self.max_workers >= 1, "cluster.max_workers", self.max_workers, "must be at least 1")
+        require(
+            self.min_workers is None or 1 <= self.min_workers <= self.max_workers,
+            "cluster.min_workers",
+            self.min_workers,
+            f"must lie between 1 and cluster.max_workers={self.max_workers}",
+        )
         for name in (
             "cpus_per_worker",
             "threads_per_worker",
@@ -70,23 +73,24 @@ class ClusterConfig:
             "process_group_timeout_s",
             "health_check_interval_s",
         ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"cluster.{name}={getattr(self, name)}: must be positive")
+            value = getattr(self, name)
+            require(value > 0, f"cluster.{name}", value, "must be positive")
         for name in ("max_failures", "max_preemptions"):
-            if getattr(self, name) < -1:
-                raise ValueError(f"cluster.{name}={getattr(self, name)}: must be -1 (no limit) or more")
-        if not 0 <= self.max_node_strikes <= 3:
-            raise ValueError(
-                f"cluster.max_node_strikes={self.max_node_strikes}: must lie between 0 and 3, because 4 deaths "
-                "in a row without progress end the run"
-            )
-        if self.max_same_failures < 2:
-            raise ValueError(f"cluster.max_same_failures={self.max_same_failures}: must be 2 or more")
-        if self.slow_phase_timeout_s < self.hang_timeout_s:
-            raise ValueError(
-                f"cluster.slow_phase_timeout_s={self.slow_phase_timeout_s}: must not be below "
-                f"cluster.hang_timeout_s={self.hang_timeout_s}"
-            )
+            value = getattr(self, name)
+            require(value >= -1, f"cluster.{name}", value, "must be -1 (no limit) or more")
+        require(
+            0 <= self.max_node_strikes <= 3,
+            "cluster.max_node_strikes",
+            self.max_node_strikes,
+            "must lie between 0 and 3, because 4 deaths in a row without progress end the run",
+        )
+        require(self.max_same_failures >= 2, "cluster.max_same_failures", self.max_same_failures, "must be 2 or more")
+        require(
+            self.slow_phase_timeout_s >= self.hang_timeout_s,
+            "cluster.slow_phase_timeout_s",
+            self.slow_phase_timeout_s,
+            f"must not be below cluster.hang_timeout_s={self.hang_timeout_s}",
+        )
 
     @property
     def elastic(self) -> bool:

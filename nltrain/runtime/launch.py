@@ -54,7 +54,7 @@ def main(config: RunConfig, arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         assignments = [argument for argument in arguments if argument != "--dry-run"]
-        config = settle_config(override(config, settle_assignments(assignments)))
+        config = settle_config(override(config, settle_assignments(assignments))).resolved()
         if dry_run:
             from nltrain.plan import dry_run as show
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from nltrain.errors import require
+
 
 @dataclass(frozen=True)
 class TrackConfig:
@@ -18,5 +20,4 @@ class TrackConfig:
     """Folder of W&B's own files; none: wandb/ in the run's folder."""
 
     def __post_init__(self) -> None:
-        if self.log_every_quanta < 1:
-            raise ValueError(f"track.log_every_quanta={self.log_every_quanta}: must be at least 1")
+        require(self.log_every_quanta >= 1, "track.log_every_quanta", self.log_every_quanta, "must be at least 1")

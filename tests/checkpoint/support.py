@@ -5,14 +5,20 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from benchmarks import _forked as forked
 from nltrain.checkpoint import CheckpointConfig
+from nltrain.checkpoint.manifest import checkpoint_name
 from nltrain.fragment import Fragment
 from nltrain.store import Store, StoreError
+
+# Of the run `r` of the fixture `run`: its config, and its checkpoints at 100 and 200 tokens.
+CONFIG = {"seed": 1, "lr": 0.1}
+OLD, NEW = checkpoint_name(100, 1), checkpoint_name(200, 1)
 
 # Awkward sizes: odd, prime, smaller than the number of ranks, empty; and every element size.
 TENSORS = {
@@ -99,12 +105,12 @@ def assert_filled(fragments: dict[str, Fragment], salt: int = 0) -> None:
         assert torch.equal(tensor, expected), f"{name} from {start} on differs"
 
 
-def settings(url: str, **changes) -> CheckpointConfig:
+def settings(url: str, **changes: Any) -> CheckpointConfig:
     return CheckpointConfig(**({"url": url, "max_file_bytes": 1 << 16, "timeout_s": 60.0} | changes))
 
 
 def _rank_main(
-    environment: dict[str, str], rank: int, size: int, meeting: str, operation: Callable, arguments: tuple, errors
+    environment: dict[str, str], rank: int, size: int, meeting: str, operation: Callable, arguments: tuple, errors: Any
 ) -> None:
     forked.begin(environment)
     torch.set_num_threads(1)
@@ -118,7 +124,7 @@ def _rank_main(
         os._exit(1)  # a peer in a collective must see a closed connection, not wait
 
 
-def run_ranks(size: int, operation: Callable, *arguments) -> None:
+def run_ranks(size: int, operation: Callable, *arguments: Any) -> None:
     """operation(rank, size, *arguments) on `size` processes with a gloo group; a failure of one is raised here."""
     errors = forked.CONTEXT.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
@@ -154,10 +160,10 @@ class FaultyStore:
         self.may_go_on = threading.Event()
         self.reached = threading.Event()
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self._store, name)
 
-    def put(self, key, data) -> None:
+    def put(self, key: str, data: bytes) -> None:
         if self.waiting and self.waiting in key:
             self.reached.set()
             assert self.may_go_on.wait(60)
@@ -165,7 +171,7 @@ class FaultyStore:
             raise StoreError(f"{self.url}/{key}: refused by the test; stop testing")
         self._store.put(key, data)
 
-    def put_if_absent(self, key, data) -> bool:
+    def put_if_absent(self, key: str, data: bytes) -> bool:
         if self.failing_once and self.failing_once in key:
             self.failing_once = ""
             raise StoreError(f"{self.url}/{key}: refused by the test; stop testing")

@@ -1,4 +1,4 @@
-"""A path or URL means one place, whoever opens it and wherever."""
+"""A path or URL means one place, in every process and folder."""
 
 import os
 from pathlib import Path

@@ -100,6 +100,7 @@ RESUME = """
 import json, sys
 from nltrain.data import DataConfig, TokenStream, open_order
 from nltrain.data.stream import sequential_ranges
+from nltrain.errors import ConfigError
 request = json.loads(sys.stdin.read())
 found = []
 for number, state in enumerate(request["states"]):

@@ -64,5 +64,5 @@ def test_base_reduced_in_bf16_is_off_by_the_rounding_of_bf16(case, world_size, s
 
 
 def test_bf16_is_refused_where_no_level_is_due_every_quantum():
-    with pytest.raises(LevelsError, match=r"reduce_dtype = 'bf16': no level is due every quantum of 8 tokens"):
+    with pytest.raises(LevelsError, match=r"reduce_dtype='bf16': no level is due every quantum of 8 tokens"):
         levels(8, (2, 2, 4, 8), reduce_dtype="bf16")

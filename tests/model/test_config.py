@@ -9,7 +9,8 @@ from fnmatch import fnmatch
 import pytest
 
 from kernels import MemoryRule, MemoryRuleError
-from nltrain.model import FAMILIES, SIZES, ModelConfig, ModelConfigError, build, preset
+from nltrain.errors import ConfigError
+from nltrain.model import FAMILIES, SIZES, ModelConfig, build, preset
 from nltrain.model.__main__ import count_parameters
 from tests.model.configs import ALL_CONFIGS, small
 
@@ -88,7 +89,7 @@ def test_a_config_saved_before_a_field_existed_gives_the_model_of_then() -> None
     ],
 )
 def test_a_wrong_model_option_is_refused_by_name(field: str, value: object) -> None:
-    with pytest.raises(ModelConfigError, match=field):
+    with pytest.raises(ConfigError, match=field):
         replace(small("hope"), **{field: value})
 
 
@@ -119,11 +120,11 @@ def test_a_weight_per_head_must_fit_the_heads() -> None:
 
 
 def test_unknown_names_are_refused() -> None:
-    with pytest.raises(ModelConfigError, match="depth"):
+    with pytest.raises(ConfigError, match="depth"):
         ModelConfig.from_dict({"depth": 3})
     with pytest.raises(MemoryRuleError, match="eta"):
         ModelConfig.from_dict({"rule": {"eta": 3}})
-    with pytest.raises(ModelConfigError, match="2b"):
+    with pytest.raises(ConfigError, match="2b"):
         preset("hope", "2b")
 
 

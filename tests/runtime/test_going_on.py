@@ -145,6 +145,11 @@ def _changed(case, folder):
     change = longer(16)
     change["checkpoint__may_change"] += ",levels.levels.mid.period_tokens"
     case("period", config(folder, "period", **change, **slower))
+    case("saves_before", config(folder, "saves"))
+    # As docs/cluster.md says: saves come more often, and with them the fold.
+    often = {"checkpoint__every_tokens": 2 * QUANTUM, "levels__fold_every_tokens": 2 * QUANTUM}
+    case("saves", config(folder, "saves", **often, checkpoint__may_change="train.total_tokens",
+         train__total_tokens=14 * QUANTUM, levels__schedule__total_tokens="none"))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -242,6 +247,17 @@ def test_the_learning_rates_of_an_extension_are_the_chosen_ones(found):
     assert follow[QUANTA + 1] > 0.4
     before = [lr_factors(folder, name)[n] for name in ("flat", "rewarm", "follow") for n in (1, 4, 7)]
     assert before == pytest.approx([lr_factors(folder, "straight")[n] for n in (1, 4, 7)] * 3)
+
+
+def test_a_run_goes_on_with_more_saves_and_a_finer_fold_and_its_lineage_says_so(found):
+    folder, each = found
+    assert each["saves_before"]["error"] == each["saves"]["error"] == ""
+    saved = checkpoints(folder, "saves")
+    assert [info.tokens // QUANTUM for info in saved] == [10, 12, 14]
+    lineage = read_manifest(open_store(str(folder / "runs")), "saves", saved[-1].name).lineage
+    changes = [change for step in lineage for change in step["changes"]]
+    assert f"levels.fold_every_tokens: stored {4 * QUANTUM}, now {2 * QUANTUM}" in changes
+    assert f"levels.schedule.total_tokens: stored {8 * QUANTUM}, now {14 * QUANTUM}" in changes
 
 
 def test_due_updates_are_counted_by_the_clocks_that_were_in_force(found):

@@ -12,6 +12,7 @@ PAGE = (ROOT / "docs" / "when-it-fails.md").read_text()
 SECTION = PAGE.partition("## Running\n")[2].partition("\n## ")[0]
 # Where each error that a user can meet has to be explained.
 EXPLAINED = [
+    *(f"nltrain/{room}/config.py" for room in ("checkpoint", "data", "levels", "model", "track")),
     *(f"nltrain/runtime/{name}.py" for name in ("config", "launch", "preflight", "status")),
     *(f"nltrain/local/{name}.py" for name in ("cluster", "demo", "environment", "own_ray")),
     "nltrain/config.py", "nltrain/track/record.py", "nltrain/resume.py", "nltrain/run.py",
@@ -28,6 +29,17 @@ def text_of(node: ast.AST) -> str:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return text_of(node.left) + text_of(node.right)
     return ""
+
+
+def required(node: ast.AST) -> str:
+    """The message of a `require(condition, field, value, remedy)`, or of a `need(condition, name, remedy)`, which gives
+    `require` the field that `name` is; empty for anything else."""
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+        return ""
+    if node.func.id not in ("require", "need"):
+        return ""
+    field, remedy = text_of(node.args[1]) or VALUE, text_of(node.args[-1]) or VALUE
+    return f"{'' if node.func.id == 'require' else VALUE + '.'}{field}={VALUE}: {remedy}"
 
 
 def parsed(names: list[str]) -> list[ast.Module]:
@@ -47,27 +59,35 @@ DOCUMENTED = [
     for match in re.finditer(r"(?:^|,\s+)(``|`)(.+?)\1(?=[:,])", " ".join(entry.split()))
 ]
 PATTERNS = [pattern(message) for message in DOCUMENTED]
-SAID = {text_of(node) for tree in parsed([*EXPLAINED, *ALSO, "nltrain/local/patience.py"]) for node in ast.walk(tree)}
+SAID = {
+    said
+    for tree in parsed([*EXPLAINED, *ALSO, "nltrain/local/patience.py"])
+    for node in ast.walk(tree)
+    for said in (text_of(node), required(node))
+}
 RAISED = sorted(
     {
         text_of(node.exc.args[0])
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args
+        else required(node)
         for tree in parsed(EXPLAINED)
         for node in ast.walk(tree)
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args
     }
-    - {"", "not reached"}
+    # The last one is what `need` does with its arguments.
+    - {"", "not reached", *(f"{room}.{VALUE}={VALUE}: {VALUE}" for room in ("levels", "levels.schedule", "model"))}
+    - {f"levels.levels.{VALUE}.{VALUE}={VALUE}: {VALUE}"}
 )
 
 
-def test_the_page_has_messages():
+def test_the_page_has_messages() -> None:
     assert len(DOCUMENTED) > 60
 
 
 @pytest.mark.parametrize("message", DOCUMENTED)
-def test_a_message_of_the_page_is_one_of_the_code(message):
+def test_a_message_of_the_page_is_one_of_the_code(message: str) -> None:
     assert any(pattern(message).search(said) for said in SAID), message
 
 
 @pytest.mark.parametrize("message", RAISED)
-def test_an_error_of_the_code_is_on_the_page(message):
+def test_an_error_of_the_code_is_on_the_page(message: str) -> None:
     assert any(found.search(message) for found in PATTERNS), message

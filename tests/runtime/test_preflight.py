@@ -6,7 +6,7 @@ import pytest
 
 from jobs.hope_tiny import config as tiny
 from nltrain.checkpoint.errors import CheckpointError
-from nltrain.config import flatten, override, to_dict
+from nltrain.config import override, to_dict
 from nltrain.data import train_tokenizer
 from nltrain.data.prepare import PrepareConfig, prepare
 from nltrain.data.prepare.corpus import Document
@@ -20,6 +20,7 @@ from nltrain.runtime.preflight import (
     settle_assignments,
     settle_config,
 )
+from nltrain.settings import flatten
 from nltrain.store import open_store
 
 TEXTS = [Document(f"{n}", f"line {n} of some text, and more of it " * 20) for n in range(12)]

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,7 +29,7 @@ def tensors(seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def url(tmp_path):
+def url(tmp_path: Path) -> str:
     """A run with three checkpoints: sound, damaged, unfinished."""
     store = open_store(str(tmp_path / "runs"))
     checkpointer = Checkpointer(store, "r", None, settings(store.url))
@@ -47,7 +49,7 @@ def url(tmp_path):
     return f"{store.url}/r"
 
 
-def test_list_shows_tokens_size_and_what_is_not_complete(url, capsys):
+def test_list_shows_tokens_size_and_what_is_not_complete(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert list_main([url]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and "KiB  complete" in lines[1] and "not complete: it has no manifest" in lines[3]
@@ -55,7 +57,7 @@ def test_list_shows_tokens_size_and_what_is_not_complete(url, capsys):
     assert [json.loads(line)["complete"] for line in capsys.readouterr().out.splitlines()] == [True, True, False]
 
 
-def test_verify_names_the_damage_and_the_exit_code_tells(url, capsys):
+def test_verify_names_the_damage_and_the_exit_code_tells(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert verify_main([f"{url}@100"]) == 0
     assert "good  tokens_000000000100-attempt_0001" in capsys.readouterr().out
     assert verify_main([f"{url}/checkpoints/{checkpoint_name(200, 1)}", "--sizes-only"]) == 0
@@ -65,14 +67,18 @@ def test_verify_names_the_damage_and_the_exit_code_tells(url, capsys):
 
 
 @pytest.mark.parametrize("main", [list_main, verify_main])
-def test_a_url_without_checkpoints_is_one_line_on_stderr(url, main, capsys):
+def test_a_url_without_checkpoints_is_one_line_on_stderr(
+    url: str, main: Callable[[Sequence[str]], int], capsys: pytest.CaptureFixture[str]
+) -> None:
     for wrong in (f"{url}-other", "nonsense", f"{url}@7"):
         assert main([wrong]) == 1
         captured = capsys.readouterr()
         assert captured.out == "" and captured.err.startswith("error: ") and captured.err.count("\n") == 1
 
 
-def test_export_gives_safetensors_with_an_index_and_a_config(url, tmp_path, capsys):
+def test_export_gives_safetensors_with_an_index_and_a_config(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "out"
     assert export_main([f"{url}@100", str(folder), "--shard-size", "18KB"]) == 0
     assert "3 tensors in 2 shards" in capsys.readouterr().out
@@ -89,7 +95,9 @@ def test_export_gives_safetensors_with_an_index_and_a_config(url, tmp_path, caps
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_export_in_bf16_rounds_and_a_damaged_checkpoint_is_not_exported(url, tmp_path, capsys):
+def test_export_in_bf16_rounds_and_a_damaged_checkpoint_is_not_exported(
+    url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert export_main([f"{url}@100", str(tmp_path / "bf16"), "--dtype", "bf16"]) == 0
     for name, tensor in read_exported(tmp_path / "bf16"):
         assert torch.equal(tensor, tensors(100)[name].bfloat16())
@@ -99,14 +107,14 @@ def test_export_in_bf16_rounds_and_a_damaged_checkpoint_is_not_exported(url, tmp
     assert export_main([f"{url}@200", str(tmp_path / "bad"), "--no-verify"]) == 0
 
 
-def test_weights_can_be_read_alone_without_the_optimizer(url):
+def test_weights_can_be_read_alone_without_the_optimizer(url: str) -> None:
     stored = StoredCheckpoint(open_store(url.rpartition("/")[0]), "r", checkpoint_name(200, 1))
     expected = tensors(200)
     for name in stored.weights:
         assert torch.equal(stored.read_weight(name, hashed=True), expected[name])
 
 
-def test_a_checkpoint_that_names_no_weights_is_not_exported(tmp_path):
+def test_a_checkpoint_that_names_no_weights_is_not_exported(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     checkpointer = Checkpointer(store, "r", None, settings(store.url))
     checkpointer.save(1, {"w": Fragment(torch.zeros(3), 0, 3)}, {})
@@ -130,7 +138,7 @@ print(peak_bytes() - before)
 """
 
 
-def test_exporting_takes_less_memory_than_one_shard(tmp_path):
+def test_exporting_takes_less_memory_than_one_shard(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     checkpointer = Checkpointer(store, "big", None, settings(store.url, max_file_bytes=64 << 20))
     numel, names = 35_000_000, ("a", "b")

@@ -1,6 +1,7 @@
 """Attempts are fenced, listings tell the truth, retention lets go of nothing that is needed."""
 
 import threading
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pytest
@@ -17,14 +18,14 @@ from nltrain.checkpoint.catalog import (
 )
 from nltrain.checkpoint.errors import CheckpointError, StaleAttemptError
 from nltrain.checkpoint.manifest import FileEntry, Manifest, checkpoint_name, key_of
-from nltrain.store import open_store
+from nltrain.store import Store, open_store
 
 
 def info(tokens: int, attempt: int = 1, complete: bool = True) -> CheckpointInfo:
     return CheckpointInfo(checkpoint_name(tokens, attempt), tokens, attempt, complete, 1, 0.0, "", False, False, 2)
 
 
-def write(store, tokens: int, attempt: int, run: str = "r", committed: bool = True) -> str:
+def write(store: Store, tokens: int, attempt: int, run: str = "r", committed: bool = True) -> str:
     """A folder with one small file, committed or not."""
     name = checkpoint_name(tokens, attempt)
     store.put(key_of(run, name, "state.json"), b"{}")
@@ -40,7 +41,9 @@ def write(store, tokens: int, attempt: int, run: str = "r", committed: bool = Tr
     st.integers(1, 4),
     st.integers(0, 20),
 )
-def test_retention_keeps_the_newest_the_milestones_and_everything_incomplete(folders, keep_last, every):
+def test_retention_keeps_the_newest_the_milestones_and_everything_incomplete(
+    folders: list[tuple[int, int, bool]], keep_last: int, every: int
+) -> None:
     found = [info(*folder) for folder in folders]
     going = set(to_delete(found, keep_last, every))
     complete = sorted((c for c in found if c.complete), key=lambda c: c.order)
@@ -54,13 +57,13 @@ def test_retention_keeps_the_newest_the_milestones_and_everything_incomplete(fol
     assert len(complete) - len(going) <= keep_last + (len({c.tokens // every for c in complete}) if every else 0)
 
 
-def test_retention_does_not_count_what_verification_refused():
+def test_retention_does_not_count_what_verification_refused() -> None:
     found = [info(1), info(2), info(3)]
     assert to_delete(found, 1) == [info(1).name, info(2).name]
     assert to_delete(found, 1, refused={info(3).name}) == [info(1).name]
 
 
-def test_retention_leaves_folders_in_flight_and_other_runs_alone(tmp_path):
+def test_retention_leaves_folders_in_flight_and_other_runs_alone(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     claim_attempt(store, "r")
     for tokens in (1, 2, 3):
@@ -74,7 +77,7 @@ def test_retention_leaves_folders_in_flight_and_other_runs_alone(tmp_path):
     assert store.exists("r/checkpoints/notes.txt")
 
 
-def test_a_new_attempt_closes_unfinished_folders_for_ever(tmp_path):
+def test_a_new_attempt_closes_unfinished_folders_for_ever(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     assert claim_attempt(store, "r") == 1
     write(store, 1, 1)
@@ -93,7 +96,7 @@ def test_a_new_attempt_closes_unfinished_folders_for_ever(tmp_path):
     ]
 
 
-def test_attempts_claimed_at_the_same_moment_get_different_numbers(tmp_path):
+def test_attempts_claimed_at_the_same_moment_get_different_numbers(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     found: list[int] = []
 
@@ -113,7 +116,7 @@ def test_attempts_claimed_at_the_same_moment_get_different_numbers(tmp_path):
     assert attempts(store, "r") == sorted(numbers)
 
 
-def test_an_attempt_number_is_used_once_and_only_upwards(tmp_path):
+def test_an_attempt_number_is_used_once_and_only_upwards(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     assert claim_attempt(store, "r", 5) == 5
     for number in (5, 3):
@@ -122,7 +125,7 @@ def test_an_attempt_number_is_used_once_and_only_upwards(tmp_path):
     assert claim_attempt(store, "r") == 6
 
 
-def test_a_later_attempt_is_newer_even_at_fewer_tokens(tmp_path):
+def test_a_later_attempt_is_newer_even_at_fewer_tokens(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     claim_attempt(store, "r")
     write(store, 1000, 1)
@@ -132,6 +135,6 @@ def test_a_later_attempt_is_newer_even_at_fewer_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("run", ["", "../x", "/abs", "a//b", "a/../b", ".hidden", "a b"])
-def test_a_run_that_is_no_folder_name_is_refused(tmp_path, run):
+def test_a_run_that_is_no_folder_name_is_refused(tmp_path: Path, run: str) -> None:
     with pytest.raises(CheckpointError, match="no name for a folder"):
         list_checkpoints(open_store(str(tmp_path)), run)

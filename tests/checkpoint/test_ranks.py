@@ -1,6 +1,8 @@
 """Real ranks: sharded writes, reshard on load at any world size, agreement about every failure."""
 
 import logging
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,7 +57,7 @@ def one_rank_cannot_write(rank: int, size: int, url: str) -> None:
     assert checkpointer.newest_complete().tokens == 2
     store.failing = "/state-" if rank == 1 else ""
     checkpointer.save(3, fragments, {})
-    # Told of at the next call, without an end to training.
+    # Reported at the next call; training does not end.
     assert checkpointer.save(4, fragments, {})
     with pytest.raises(SaveFailedError, match="2 saves in a row failed"):
         checkpointer.save(5, fragments, {})
@@ -110,7 +112,7 @@ def load_every_layout(rank: int, size: int, url: str, saved_by: int) -> None:
     assert_filled(asked)
 
 
-def assert_own(own, rank: int) -> None:
+def assert_own(own: Any, rank: int) -> None:
     assert own["rank"] == rank
     assert torch.equal(own["tensor"], torch.arange(rank + 3))
     assert torch.equal(own["window"], torch.full((rank, 2), float(rank)))
@@ -123,7 +125,7 @@ def all_of_one_world(rank: int, size: int, url: str, loads: tuple[int, ...]) -> 
     save_every_layout(rank, size, url)
 
 
-def test_what_four_ranks_save_any_number_loads_and_back(tmp_path):
+def test_what_four_ranks_save_any_number_loads_and_back(tmp_path: Path) -> None:
     url = str(tmp_path)
     run_ranks(4, all_of_one_world, url, ())
     for size in (3, 2, 1):

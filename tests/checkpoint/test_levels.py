@@ -7,6 +7,7 @@ of each weight tensor over the quanta trained here (1e-7 was seen). Quanta train
 import dataclasses
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from nltrain.checkpoint import Checkpointer, capture_rng, restore_rng
 from nltrain.checkpoint.manifest import checkpoint_name
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.checkpoint.tools import export, read_exported
+from nltrain.fragment import Fragment
 from nltrain.levels.scheduler import LevelScheduler
 from nltrain.store import open_store
 from tests.checkpoint.support import run_ranks, settings
@@ -53,7 +55,7 @@ class Training:
     def resume(self) -> int:
         """Quanta done."""
 
-        def fragments(state):
+        def fragments(state: Any) -> dict[str, Fragment]:
             self.scheduler.prepare_to_load(state["levels"])
             return self.scheduler.fragments()
 
@@ -168,7 +170,7 @@ def exported_weights_give_the_same_logits(url: str) -> None:
     trained.close()
 
 
-def test_the_trajectory_survives_any_chain_of_world_sizes_and_stages(tmp_path):
+def test_the_trajectory_survives_any_chain_of_world_sizes_and_stages(tmp_path: Path) -> None:
     url = str(tmp_path)
     run_ranks(4, uninterrupted, url)
     for size in (1, 2, 3):

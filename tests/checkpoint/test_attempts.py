@@ -5,16 +5,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from nltrain.checkpoint import Checkpointer
-from nltrain.checkpoint.catalog import claim_attempt, list_checkpoints
-from nltrain.checkpoint.fence import Fence
+from nltrain.checkpoint.catalog import list_checkpoints
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.local.embedded_s3 import EmbeddedS3
-from nltrain.store import StoreError, open_store
-from tests.checkpoint.support import FaultyStore, assert_filled, held, settings, wanted
+from nltrain.store import open_store
+from tests.checkpoint.support import assert_filled, held, settings, wanted
 
 # Before the first data file, with all data written, and between the last look for newer attempts and the commit itself.
 MOMENTS = ("/state-00000", "/layout.json", "/manifest.json")
@@ -59,13 +60,13 @@ def stopped(process: subprocess.Popen) -> bool:
 
 
 @pytest.fixture(scope="module")
-def s3():
+def s3() -> Iterator[EmbeddedS3]:
     with EmbeddedS3("checkpoints") as server, server.in_environment():
         yield server
 
 
 @pytest.mark.parametrize("place", ["s3", "folder"])
-def test_an_older_attempt_that_wakes_up_cannot_commit_or_overwrite(place, s3, tmp_path):
+def test_an_older_attempt_that_wakes_up_cannot_commit_or_overwrite(place: str, s3: EmbeddedS3, tmp_path: Path) -> None:
     url = "s3://checkpoints/attempts" if place == "s3" else str(tmp_path)
     store = open_store(url)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -106,31 +107,3 @@ def test_an_older_attempt_that_wakes_up_cannot_commit_or_overwrite(place, s3, tm
         for process in older.values():
             process.kill()
             process.wait()
-
-
-class Unlisted(FaultyStore):
-    """Its first listings fail, as in an outage."""
-
-    outage = 3
-
-    def list(self, prefix=""):
-        if self.outage:
-            self.outage -= 1
-            raise StoreError(f"{self.url}: list failed 7 times; check the network")
-        return self._store.list(prefix)
-
-
-def test_the_fence_notices_a_newer_attempt_within_its_interval_and_outlives_an_outage(tmp_path):
-    store = Unlisted(open_store(str(tmp_path)))
-    claim_attempt(open_store(str(tmp_path)), "fenced", 1)
-    fence = Fence(store, "fenced", 1, every_s=0.05)
-    deadline = time.monotonic() + 10
-    while store.outage and time.monotonic() < deadline:
-        time.sleep(0.02)
-    time.sleep(0.2)
-    assert fence.stale == ""
-    claim_attempt(open_store(str(tmp_path)), "fenced", 2)
-    while not fence.stale and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert fence.stale.startswith("attempt 1 of run fenced is stale: attempt 2 has begun")
-    fence.close()
