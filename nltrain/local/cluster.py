@@ -29,6 +29,7 @@ from nltrain.runtime.config import STOP_WAIT_S
 START_TIMEOUT_S = 900
 SAY_EVERY_S = 30.0
 START_ATTEMPTS = 3
+OBJECT_STORE_BYTES = 150 << 20
 # `ray`, but it waits for the node as long as its raylet lives.
 RAY = (sys.executable, "-P", str(Path(__file__).with_name("patience.py")))
 # A dead raylet refuses connections and is given up after 5 s; one that is merely slow gets 10 s per check.
@@ -57,7 +58,12 @@ class LocalCluster:
     """A head node with `num_cpus` logical CPUs; `folder` is the run folder that `owner.short` leads to."""
 
     def __init__(
-        self, folder: Path, owner: Owner, num_cpus: int, object_store_bytes: int = 150 * 2**20, **environment: str
+        self,
+        folder: Path,
+        owner: Owner,
+        num_cpus: int,
+        object_store_bytes: int = OBJECT_STORE_BYTES,
+        **environment: str,
     ) -> None:
         self._folder = folder / "ray"
         self._owner = owner

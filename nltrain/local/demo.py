@@ -7,9 +7,6 @@ import re
 import runpy
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,10 +17,8 @@ from nltrain.config import RunConfig, override
 from nltrain.data.manifest import read_manifest
 from nltrain.data.prepare.corpus import stdlib_corpus
 from nltrain.errors import UserError
-from nltrain.local.cluster import LocalCluster
-from nltrain.local.embedded_s3 import EmbeddedS3
-from nltrain.local.environment import own_home
-from nltrain.local.processes import Owner, reap_abandoned
+from nltrain.local.processes import reap_abandoned
+from nltrain.local.world import LocalWorld, submit_arguments
 from nltrain.store import open_store
 from nltrain.terminal import print_anything
 from nltrain.track.metrics import FOLDER, log_fault, tail
@@ -106,37 +101,24 @@ class Demo:
         for line in reap_abandoned(self.folder):
             _say(line)
         _keep_old(self.folder)
-        (self.folder / "tmp").mkdir(parents=True)
-        owner = Owner(self.folder)
-        os.environ.update(TMPDIR=str(owner.short / "tmp"), **owner.environment)
-        # Nothing of the user's is read or written: profiles, caches, W&B's key.
-        os.environ.update(own_home(self.folder / "tmp" / "home"))
-        tempfile.tempdir = None  # read TMPDIR again
         started_s = time.monotonic()
-        try:
-            with contextlib.ExitStack() as stack:
-                s3 = stack.enter_context(EmbeddedS3(BUCKET))
-                reach_s3: dict[str, Any] = {**s3.environment()}
-                _say(f"embedded S3 at {s3.endpoint_url}")
-                cluster = stack.enter_context(
-                    LocalCluster(self.folder, owner, num_cpus=max(2, os.cpu_count() or 2), **reach_s3)
-                )
-                _say(f"Ray cluster up, jobs at {cluster.job_address}")
-                with s3.in_environment():
-                    prefix, extra = self._make_dataset(cluster)
-                job = [
-                    "jobs/hope_tiny.py",
-                    f"output={self.folder}",
-                    f"data.prefix={prefix}",
-                    f"checkpoint.url=s3://{BUCKET}/runs",
-                    *(["track.wandb=offline"] if self._config.track.wandb == "auto" else []),
-                ]
-                with kill_one_rank_half_way(self.folder):
-                    self._submit(cluster, [*job, *self._overrides, *extra])
+        num_cpus = max(2, os.cpu_count() or 2)
+        # Nothing of the user's is read or written: profiles, caches, W&B's key.
+        with LocalWorld(self.folder, BUCKET, num_cpus, with_own_home=True) as world:
+            _say(f"embedded S3 at {world.s3.endpoint_url}")
+            _say(f"Ray cluster up, jobs at {world.cluster.job_address}")
+            prefix, extra = self._make_dataset(world)
+            job = [
+                "jobs/hope_tiny.py",
+                f"output={self.folder}",
+                f"data.prefix={prefix}",
+                f"checkpoint.url=s3://{BUCKET}/runs",
+                *(["track.wandb=offline"] if self._config.track.wandb == "auto" else []),
+            ]
+            with kill_one_rank_half_way(self.folder):
+                self._submit(world, [*job, *self._overrides, *extra])
+            world.stop()
             summary = write_report(self.folder)
-        finally:
-            owner.close()
-            shutil.rmtree(self.folder / "tmp", ignore_errors=True)
         self._show(summary, time.monotonic() - started_s)
         return summary
 
@@ -154,7 +136,7 @@ class Demo:
         if self.corpus.resolve().is_relative_to(self.folder):
             raise DemoError(f"--corpus {self.corpus}: lies in the run's folder, which is renamed; move it elsewhere")
 
-    def _make_dataset(self, cluster: LocalCluster) -> tuple[str, list[str]]:
+    def _make_dataset(self, world: LocalWorld) -> tuple[str, list[str]]:
         """Prepares the text; returns the dataset's URL, and what the job has to do without where it is very short."""
         prefix, text = f"s3://{BUCKET}/corpus", json.dumps([str(self._corpus())])
         config = self._config
@@ -169,7 +151,7 @@ class Demo:
         def prepare(url: str, fraction: float) -> dict[str, int]:
             # JSON: a comma in the path would part it.
             command = ["jobs/prepare_shards.py", f"input={text}", f"output={url}", *settings]
-            self._submit(cluster, [*command, f"prepare.validation_fraction={fraction}", *self._prepare])
+            self._submit(world, [*command, f"prepare.validation_fraction={fraction}", *self._prepare])
             splits = read_manifest(open_store(url)).splits
             return {name: split.num_sequences for name, split in splits.items()}
 
@@ -196,34 +178,20 @@ class Demo:
                 file.write(json.dumps({"name": name, "text": text}) + "\n")
         return folder
 
-    def _submit(self, cluster: LocalCluster, command: list[str]) -> None:
+    def _submit(self, world: LocalWorld, command: list[str]) -> None:
         """`ray job submit` as a user types it; the job's own lines go to the screen and to job.log."""
-        ray = str(Path(sys.executable).parent / "ray")
-        full = [ray, "job", "submit", "--working-dir", ".", "--", "python", *command]
-        _say(" ".join(["ray", *full[1:]]))
+        entrypoint, log = ["python", *command], self.folder / "job.log"
+        _say(" ".join(["ray job submit", *submit_arguments(entrypoint)]))
         reason = ""
-        with (self.folder / "job.log").open("a", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                full,
-                cwd=self.root,
-                env=cluster.client_environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,
-            )
-            assert process.stdout is not None
-            for line in process.stdout:
-                log.write(line)
-                if line.startswith("error: "):
-                    reason = line.removeprefix("error: ").strip()
-                if shown := _for_people(line):
-                    print(shown, flush=True)
-        if process.wait():
+        job = world.submit(entrypoint, log, self.root)
+        for line in job.lines():
+            if line.startswith("error: "):
+                reason = line.removeprefix("error: ").strip()
+            if shown := _for_people(line):
+                print(shown, flush=True)
+        if job.exit_code:
             raise DemoError(
-                f"{command[0]} ended with exit code {process.returncode}: {reason or 'see above'}; its whole log is "
-                f"{log.name}"
+                f"{command[0]} ended with exit code {job.exit_code}: {reason or 'see above'}; its whole log is {log}"
             )
 
     def _show(self, summary: dict[str, Any], seconds: float) -> None:

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Self
 
 from nltrain.errors import UserError
+from nltrain.local.environment import added_to_environment
 from nltrain.store import S3Store
 
 START_TIMEOUT_S = 60.0
@@ -88,18 +89,9 @@ class EmbeddedS3:
     @contextlib.contextmanager
     def in_environment(self) -> Iterator[Self]:
         """os.environ points here inside the with block, and is as before after it."""
-        added = self.environment()
-        before = {name: os.environ.get(name) for name in added}
-        os.environ.update(added)
-        del os.environ["AWS_ENDPOINT_URL_S3"]  # here the general one suffices, and can be replaced by itself
-        try:
+        with added_to_environment(self.environment()):
+            del os.environ["AWS_ENDPOINT_URL_S3"]  # here the general one suffices, and can be replaced by itself
             yield self
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
 
     def stop(self) -> None:
         """Ends the server process and removes its folder; harmless when done twice."""

@@ -5,8 +5,10 @@ user is read or written, and none of the variables that send Ray, S3 or W&B else
 place (PATH, PYTHONPATH, LD_LIBRARY_PATH, thread counts) is kept.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from nltrain.errors import UserError
@@ -71,3 +73,20 @@ def reach_loopback_directly() -> None:
         hosts = [host for host in os.environ.get(name, os.environ.get("no_proxy", "")).split(",") if host.strip()]
         if "*" not in hosts:
             os.environ[name] = ",".join([*hosts, *(host for host in (*LOOPBACK, *METADATA) if host not in hosts)])
+
+
+@contextlib.contextmanager
+def added_to_environment(added: Mapping[str, str]) -> Iterator[None]:
+    """os.environ has these variables inside the with block, and is as before after it; tempfile follows TMPDIR."""
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    tempfile.tempdir = None  # read TMPDIR again
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        tempfile.tempdir = None

@@ -48,7 +48,7 @@ def test_a_run_that_loses_a_node_at_4096_tokens_skips_no_tick_though_padding_is_
         "train__validation_sequences": 0,
         "cluster__min_workers": 2,
     }
-    job = drill.submit("long", QUANTA, root=code_whose_padding_breaks(tmp_path), **long)
+    job = drill.train("long", QUANTA, root=code_whose_padding_breaks(tmp_path), **long)
     job.wait_for_attempt(120, workers=3)
     job.wait_until("a checkpoint", lambda: job.rows("checkpoint"), 60)
     next(node for node in reversed(drill.nodes) if node.alive).kill()
