@@ -245,6 +245,7 @@ def loss_difference(one: TrainingJob, other: TrainingJob) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Run the story, print the figures; 1 where a bound is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument(

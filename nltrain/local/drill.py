@@ -1,7 +1,7 @@
-"""A small run on a cluster of several raylets on this machine, to lose nodes and workers of: for tests and benchmarks.
+"""Small runs on a cluster of several raylets on this machine, whose nodes and ranks can be killed.
 
-Everything is real: `ray start`, `ray job submit`, raylets, an S3 server behind a proxy that can be cut, the training
-itself. Only the sizes are small. On leaving, every process is ended and the folder's Ray session is removed.
+Everything is real: `ray start`, `ray job submit`, raylets, an S3 server behind a proxy that can be cut, the training.
+Only the sizes are small. On leaving, every process is ended and the folder's Ray session is removed.
 """
 
 import json
@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ QUANTUM = 768  # tokens: 12 sequences, which 1, 2, 3 and 4 ranks share evenly
 CHECKPOINT_TOKENS = 8 * QUANTUM
 VOCAB_SIZE = 512
 OBJECT_STORE_BYTES = 100 << 20
+# A line of the training loop (nltrain/loop.py), for `planted`.
+FIRST_OF_A_QUANTUM = "for batch in run.micro_batches(quantum):"
 
 SMALL = {
     "model.width": 32,
@@ -62,7 +65,7 @@ class DrillError(UserError, RuntimeError):
 
 
 class Drill(LocalWorld):
-    """A head node without training CPUs is not modelled: each node, the head among them, has one CPU for one rank."""
+    """A LocalWorld with a small dataset. Each node, the head among them, has one CPU for one rank."""
 
     def __init__(self, folder: Path, num_nodes: int) -> None:
         super().__init__(
@@ -205,16 +208,18 @@ class TrainingJob(Job):
         self.drill.ray("job", "stop", self.id)
 
 
-def planted(folder: Path, statement: str) -> Path:
-    """The repository's code with a statement at the head of the training loop; the root to submit."""
+def planted(folder: Path, statement: str, before: str = FIRST_OF_A_QUANTUM) -> Path:
+    """A copy of the code with a statement before a line of the training loop; returns the root to submit."""
     for name in ("nltrain", "kernels", "jobs"):
         shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / "code" / "nltrain" / "loop.py"
-    head = "for quantum in run.quanta():\n"
-    text = path.read_text()
-    if text.count(head) != 1:
-        raise DrillError(f"{path}: {head!r} stands there {text.count(head)} times; mend the drill")
-    path.write_text(text.replace(head, f"{head}            {statement}\n"))
+    lines = path.read_text().splitlines(keepends=True)
+    places = [index for index, line in enumerate(lines) if line.strip() == before]
+    if len(places) != 1:
+        raise DrillError(f"{path}: the line {before!r} stands there {len(places)} times; adapt the drill")
+    margin = lines[places[0]].partition(before)[0]
+    lines.insert(places[0], textwrap.indent(statement, margin) + "\n")
+    path.write_text("".join(lines))
     return folder / "code"
 
 

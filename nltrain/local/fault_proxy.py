@@ -57,6 +57,7 @@ class FaultProxy:
 
     @property
     def num_faults(self) -> int:
+        """How many requests have met a fault so far."""
         return self.faults.total()
 
     def stop(self) -> None:

@@ -44,6 +44,7 @@ def story(drill):
         "checkpoint__every_tokens": INTERVAL,
         "checkpoint__may_change": "train.total_tokens,levels.schedule.total_tokens",
         "cluster__hang_timeout_s": 12,
+        "cluster__resize_check_s": 3,
     }
     job = drill.train("story", ENDLESS, **often)
     job.wait_for_attempt(180, workers=3)
@@ -61,7 +62,7 @@ def story(drill):
     job.wait(120)
     stopped, first_log = read_status(str(job.output)), job.log
 
-    total = stopped["tokens"] // QUANTUM + 200
+    total = stopped["tokens"] // QUANTUM + 100
     job = drill.train("story", total, **often)
     resumed = job.wait_for_attempt(180, attempt=stopped["attempt"] + 1)
     job.wait_for_tokens(resumed["tokens"] + 4 * QUANTUM, 60)
@@ -146,7 +147,7 @@ def test_status_tells_of_it_from_the_folder_and_from_the_store(story):
 
 
 def test_a_deterministic_bug_stops_the_second_time_with_its_traceback(drill, tmp_path):
-    root = planted(tmp_path, "if quantum == 6:\n                raise ValueError('planted at step 7')")
+    root = planted(tmp_path, "if quantum == 6:\n    raise ValueError('planted at step 7')")
     job = drill.train("bug", 40, root=root, cluster__max_workers=2)
     assert job.wait(240) != 0
     # A start while a node was slow to answer may grow before it fails; that is no failure.
