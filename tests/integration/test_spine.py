@@ -28,7 +28,7 @@ def one_with_a_kill(here: World) -> dict[str, tuple[int, str]]:
     outputs = {"undisturbed": here.run("undisturbed")}
     with kill_one_rank_half_way(here.folder / "killed"):
         # Below a key that is no plain URI, which Ray has to reach as well.
-        outputs["killed"] = here.run("killed", f"checkpoint.url=s3://{BUCKET}/runs #1?x=50%")
+        outputs["killed"] = here.run("killed", f"checkpoint.url=s3://{BUCKET}/runs #1?x=50%", *QUIET)
     return outputs
 
 
