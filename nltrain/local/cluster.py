@@ -1,8 +1,8 @@
-"""A Ray cluster of our own on this machine: own ports, temp dir and token; no other cluster on the host is touched.
+"""A Ray cluster of our own on this machine: own ports, temp dir and token, independent of other clusters on the host.
 
-The head runs as `ray start --head --block` in a session of its own; `add_node` joins further raylets on the same host,
-for tests and benchmarks that lose nodes. Ray's socket paths must stay below 108 bytes, so
-its temp dir is reached through a short symbolic link although it lies in the run's folder.
+The head runs as `ray start --head --block` in a session of its own. `add_node` starts further raylets on the same host,
+for tests and benchmarks that lose nodes. Ray's socket paths must stay below 108 bytes, so its temp dir, which lies in
+the run's folder, is reached through a short symbolic link.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ START_TIMEOUT_S = 900
 SAY_EVERY_S = 30.0
 START_ATTEMPTS = 3
 OBJECT_STORE_BYTES = 150 << 20
-# `ray`, but it waits for the node as long as its raylet lives.
+# The `ray` command, which waits for the node as long as its raylet lives.
 RAY = (sys.executable, "-P", str(Path(__file__).with_name("patience.py")))
 # A dead raylet refuses connections and is given up after 5 s; a slow one has 10 s to answer each check.
 HEALTH_CHECKS = {

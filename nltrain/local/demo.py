@@ -1,4 +1,4 @@
-"""The demo as a machine sees it: S3, cluster, data, job, one planted kill, summary; and all of it stopped again."""
+"""The demo: starts a LocalWorld, prepares data, submits the job, kills one rank, and checks the summary."""
 
 import contextlib
 import json
@@ -34,18 +34,18 @@ NOISE = re.compile(r"^(Setting up process group|DeepSpeed .* built|\[.*W\d* )")
 DISK_NEEDED_BYTES = 2 * 2**30
 MAX_BAD_FRACTION = 0.1
 PREPARE_FIELDS = ("prepare.", "tokenizer")
-# The quick form: the same way of a token on less text, with a smaller quantum and fewer of them.
+# The quick form: every step of the demo with less text and fewer, smaller quanta.
 QUICK_QUANTA = 32
 QUICK_QUANTUM_TOKENS = 2048
 QUICK_CORPUS_BYTES = 3 << 20
 
 
 class DemoError(UserError, RuntimeError):
-    """The demo fell short of what it shows; the message says of what."""
+    """The demo cannot run, or its result is not what it must show; the message says why."""
 
 
 def quick(job: RunConfig) -> list[str]:
-    """Overrides that make `job` short: its levels, saves and validations at the same counts of smaller quanta."""
+    """Overrides that make `job` short: levels, saves and validations keep their number of quanta, which are smaller."""
     seq_len = job.data.seq_len
     quantum = max(job.cluster.max_workers, QUICK_QUANTUM_TOKENS // seq_len) * seq_len
     total = QUICK_QUANTA * quantum
@@ -73,7 +73,7 @@ def quick(job: RunConfig) -> list[str]:
 class Demo:
     """`folder` receives everything; an older folder of that name is kept under another name.
 
-    overrides: those of the fields of preparing (prepare.*, tokenizer*) go there, the others to the training job.
+    overrides: those of prepare.* and tokenizer* go to the job that prepares the data, the others to the training job.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Demo:
             *(quick(job) if quick_form else ()),
             *(each for each in overrides if each not in self._prepare),
         ]
-        # A wrong field is told now and not after the data are prepared.
+        # A wrong field is an error now, not after the data are prepared.
         self._config: RunConfig = override(job, self._overrides)
 
     def run(self) -> dict[str, Any]:
@@ -137,19 +137,19 @@ class Demo:
             raise DemoError(f"--corpus {self.corpus}: lies in the run's folder, which is renamed; move it elsewhere")
 
     def _make_dataset(self, world: LocalWorld) -> tuple[str, list[str]]:
-        """Prepares the text; returns the dataset's URL, and what the job has to do without where it is very short."""
+        """Prepare the text. Returns the dataset's URL, and overrides for a text too short to hold a document out."""
         prefix, text = f"s3://{BUCKET}/corpus", json.dumps([str(self._corpus())])
         config = self._config
         settings = [
             f"vocab_size={config.model.vocab_size}",
             f"tokenizer_training_bytes={(1 if self.is_quick else 4) << 20}",
             f"prepare.seq_len={config.data.seq_len}",
-            # A folder of someone's files has empty and broken ones; each that is dropped is listed.
+            # A user's folder may have empty and broken files; each one that is dropped is listed.
             *([f"prepare.max_bad_fraction={MAX_BAD_FRACTION}"] if self.corpus else []),
         ]
 
         def prepare(url: str, fraction: float) -> dict[str, int]:
-            # JSON: a comma in the path would part it.
+            # As JSON, because a comma in the path would split it.
             command = ["jobs/prepare_shards.py", f"input={text}", f"output={url}", *settings]
             self._submit(world, [*command, f"prepare.validation_fraction={fraction}", *self._prepare])
             splits = read_manifest(open_store(url)).splits
@@ -174,7 +174,7 @@ class Demo:
         with (folder / "stdlib.jsonl").open("w", encoding="utf-8") as file:
             for name, text in stdlib_corpus(QUICK_CORPUS_BYTES if self.is_quick else None):
                 if not text.strip():
-                    continue  # an empty __init__.py says nothing
+                    continue  # an empty __init__.py
                 file.write(json.dumps({"name": name, "text": text}) + "\n")
         return folder
 
@@ -211,7 +211,7 @@ class Demo:
         first, last = summary["loss_first"], summary["loss_last"]
         if first is None or last is None or last >= first:
             wrong.append(f"the loss went from {first} to {last} nats per token instead of falling")
-        # How well a text can be learned is known of our own text alone, and of the whole run.
+        # The bound holds for our own text and the whole run; how well another text can be learned is unknown.
         own_text = not self.corpus and not self.is_quick
         if own_text and None not in (loss, unigram) and loss >= unigram - 1.0:
             wrong.append(f"validation loss {loss:.3f} is not 1 nat below the unigram entropy {unigram:.3f}")
@@ -253,7 +253,7 @@ def _say(text: str) -> None:
 
 
 def _for_people(line: str) -> str | None:
-    """The job's own words; Ray's lines about itself and the 120 lines of the config stay in job.log."""
+    """A line as the screen shows it. None for Ray's lines about itself and for the config, which stay in job.log."""
     plain = COLOUR.sub("", line.rstrip("\n"))
     of_worker = WORKER_PREFIX.match(plain)
     plain = WORKER_PREFIX.sub("", plain)
@@ -263,7 +263,7 @@ def _for_people(line: str) -> str | None:
 
 
 def _keep_old(folder: Path) -> None:
-    """Rename an earlier run's folder by its time of change; nothing is deleted."""
+    """Rename an earlier run's folder after its modification time; nothing is deleted."""
     if not folder.exists():
         return
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(folder.stat().st_mtime))
