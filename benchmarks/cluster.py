@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nltrain.local.drill import DIE_ON_BAD_NODE, QUANTUM, Drill, DrillError, Job, planted
+from nltrain.local.drill import DIE_ON_BAD_NODE, QUANTUM, Drill, DrillError, TrainingJob, planted
 from nltrain.runtime.status import read_status
 from nltrain.track.goodput import goodput
 from nltrain.track.metrics import effective
@@ -68,7 +68,7 @@ BAD_NODE_QUANTA = 40
 class Faults:
     """What is done to a running job; each returns when the fault has been dealt."""
 
-    def __init__(self, drill: Drill, job: Job, seed: int) -> None:
+    def __init__(self, drill: Drill, job: TrainingJob, seed: int) -> None:
         self.drill, self.job = drill, job
         self.random = random.Random(seed)
 
@@ -119,7 +119,7 @@ class Faults:
         self.job.wait_until("further steps", lambda: self.job.tokens() > before, SURVIVE_S)
 
 
-def lose_and_regain(drill: Drill, job: Job) -> dict[str, Any]:
+def lose_and_regain(drill: Drill, job: TrainingJob) -> dict[str, Any]:
     """kill -9 of a raylet in the middle of training, then another node joins."""
     job.wait_for_attempt(240, workers=drill.num_nodes)
     committed = job.wait_until("a checkpoint", lambda: job.rows("checkpoint"), 120)[-1]
@@ -138,7 +138,7 @@ def lose_and_regain(drill: Drill, job: Job) -> dict[str, Any]:
     }
 
 
-def meet_faults(drill: Drill, job: Job, number: int, seed: int) -> dict[str, Any]:
+def meet_faults(drill: Drill, job: TrainingJob, number: int, seed: int) -> dict[str, Any]:
     """`number` faults, every kind equally often, in random order at random moments."""
     chosen = random.Random(seed)
     kinds = [KINDS[index % len(KINDS)] for index in range(number)]
@@ -157,7 +157,7 @@ def meet_bad_node(drill: Drill, folder: Path) -> dict[str, Any]:
     begun_s = time.time()
     bad = drill.cluster.add_node(1, BAD_NODE="1")
     values = SETTINGS | {"cluster__max_workers": drill.num_nodes + 1, "cluster__max_node_strikes": 3}
-    job = drill.submit("bad-node", BAD_NODE_QUANTA, root=planted(folder, DIE_ON_BAD_NODE), **values)
+    job = drill.train("bad-node", BAD_NODE_QUANTA, root=planted(folder, DIE_ON_BAD_NODE), **values)
     exit_code = job.wait(2 * SURVIVE_S)
     bad.stop()
     attempts = job.rows("attempt")
@@ -172,19 +172,19 @@ def meet_bad_node(drill: Drill, folder: Path) -> dict[str, Any]:
     }
 
 
-def finish(drill: Drill, job: Job, name: str) -> tuple[Job, int]:
+def finish(drill: Drill, job: TrainingJob, name: str) -> tuple[TrainingJob, int]:
     """`ray job stop`, then the same run again with 20 quanta to go."""
     job.stop()
     job.wait(180)
     stopped = read_status(str(job.output))
     total = stopped["tokens"] // QUANTUM + 20
-    again = drill.submit(name, total, **SETTINGS)
+    again = drill.train(name, total, **SETTINGS)
     if again.wait(300):
         raise DrillError(f"{name} did not finish; its log ends with\n{again.log[-3000:]}")
     return again, total
 
 
-def exactness(job: Job, total: int) -> dict[str, Any]:
+def exactness(job: TrainingJob, total: int) -> dict[str, Any]:
     """Each quantum once, every level at its ticks, the right end."""
     rows = job.rows()
     steps = [row["step"] for row in effective(rows) if row["kind"] == "step"]
@@ -206,13 +206,13 @@ def exactness(job: Job, total: int) -> dict[str, Any]:
     }
 
 
-def undisturbed(drill: Drill, quick: bool) -> tuple[Job, dict[str, Any]]:
+def undisturbed(drill: Drill, quick: bool) -> tuple[TrainingJob, dict[str, Any]]:
     """The same run in peace, for its loss curve, with both cores kept busy by others."""
     spinners = [multiprocessing.get_context("spawn").Process(target=_spin, daemon=True) for _ in range(2)]
     for spinner in spinners:
         spinner.start()
     try:
-        job = drill.submit("quiet", ENDLESS, **SETTINGS)
+        job = drill.train("quiet", ENDLESS, **SETTINGS)
         job.wait_for_attempt(300, workers=drill.num_nodes)
         begun_s = time.time()
         quanta = 150 if quick else COMPARED_QUANTA
@@ -234,7 +234,7 @@ def _spin() -> None:
         pass
 
 
-def loss_difference(one: Job, other: Job) -> dict[str, Any]:
+def loss_difference(one: TrainingJob, other: TrainingJob) -> dict[str, Any]:
     """Largest difference of the two loss curves, nats per token, where both have steps."""
     curves = [
         {row["step"]: row["loss"] for row in effective(job.rows()) if row["kind"] == "step"} for job in (one, other)
@@ -245,6 +245,7 @@ def loss_difference(one: Job, other: Job) -> dict[str, Any]:
 
 
 def main() -> int:
+    """Run the story, print the figures; 1 where a bound is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true")
     parser.add_argument(
@@ -257,7 +258,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="nltrain-cluster-") as folder:
         with Drill(Path(folder) / "cluster", num_nodes=3) as drill:
             print(f"three nodes up after {time.monotonic() - started_s:.0f} s", flush=True)
-            job = drill.submit("faults", ENDLESS, **SETTINGS)
+            job = drill.train("faults", ENDLESS, **SETTINGS)
             found = lose_and_regain(drill, job)
             print(f"lost and regained a node: {found}", flush=True)
             found |= meet_faults(drill, job, options.faults or (2 if options.quick else 10), options.seed)

@@ -1,10 +1,10 @@
-"""Ports and addresses: what is free here, and whether something listens there."""
+"""Free ports of this machine, and whether something listens at an address."""
 
 import socket
 
 
 def free_ports(count: int) -> list[int]:
-    """Distinct free ports on loopback, picked together so that none is given out twice."""
+    """Distinct free ports on loopback."""
     sockets = [socket.socket() for _ in range(count)]
     try:
         for each in sockets:
@@ -16,9 +16,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def why_unreachable(address: str, timeout_s: float) -> str:
-    """Why nothing listens at a cluster's address; empty where something does, or where it names no place to try.
+    """Why nothing listens at a cluster's address; empty where something does, or where the address has no port.
 
-    Ray tries for two minutes to reach a cluster that is not there; a connection tells in a moment.
+    Ray itself tries for two minutes to reach a cluster that is not there; a connection attempt shows it at once.
     """
     host, separator, port = address.removeprefix("ray://").removeprefix("http://").rstrip("/").rpartition(":")
     if not separator:

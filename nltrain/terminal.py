@@ -1,11 +1,11 @@
-"""What a user reads on a terminal, whatever its encoding."""
+"""Output that works on a terminal of any encoding."""
 
 import contextlib
 import sys
 
 
 def print_anything() -> None:
-    """Text that the terminal's encoding lacks is escaped instead of ending the program."""
+    """Escape characters that the terminal's encoding lacks, instead of raising UnicodeEncodeError."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):  # replaced by something that is no text file
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

@@ -23,20 +23,30 @@ if importlib.util.find_spec("hypothesis"):
     settings.register_profile("no deadline", deadline=None)
     settings.load_profile("no deadline")
 
-# One worker begins with the runtime, on clusters that mostly wait for processes to start: its tests have times to keep.
-# Beside it the other computes on one core. Whoever is done first takes the next folder, and at the end the next file of
-# the integration, each of which brings up a world of its own.
-ORDER = (
-    "tests/runtime/", "tests/kernels/", "tests/model/", "tests/store/", "tests/data/", "tests/checkpoint/",
-    "tests/levels/", "tests/local/",
-)  # fmt: skip
+# `make test` uses two workers. Each takes one unit after the other: the files that share the cluster of runtime, a
+# room, or a file of the integration, which starts a world of its own. Long units go first, so that both end at about
+# the same time; a room that is not named here is short. The tests on the cluster have times to keep: while one worker
+# runs them, the other one runs rooms whose tests compute in one process.
+CLUSTER = tuple(f"tests/runtime/test_{name}.py" for name in ("cluster", "doctor", "padding"))
 BY_FILE = "tests/integration/"
+ORDER = (
+    CLUSTER[0], "tests/kernels", "tests/data", "tests/levels", f"{BY_FILE}test_spine.py", "tests/checkpoint",
+    "tests/runtime", f"{BY_FILE}test_demo.py", "tests/model", "tests/local",
+)  # fmt: skip
+
+
+def unit(nodeid: str) -> str:
+    """The unit that a test belongs to; one worker runs all of it."""
+    path = nodeid.split("::")[0]
+    if path in CLUSTER:
+        return CLUSTER[0]
+    return path if path.startswith(BY_FILE) else path.rsplit("/", 1)[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        last = len(ORDER) + item.nodeid.startswith(BY_FILE)
-        return next((i for i, path in enumerate(ORDER) if item.nodeid.startswith(path)), last)
+        own = unit(item.nodeid)
+        return ORDER.index(own) if own in ORDER else len(ORDER) + own.startswith(BY_FILE)
 
     items.sort(key=place)
 
@@ -45,12 +55,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
-    class ByRoom(LoadScopeScheduling):
+    class ByUnit(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            path = nodeid.split("::")[0]
-            return path if path.startswith(BY_FILE) else path.rsplit("/", 1)[0]
+            return unit(nodeid)
 
-    return ByRoom(config, log)
+    return ByUnit(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -1,8 +1,8 @@
-"""A Ray cluster of our own on this machine: own ports, temp dir and token; no other cluster on the host is touched.
+"""A Ray cluster of our own on this machine: own ports, temp dir and token, independent of other clusters on the host.
 
-The head runs as `ray start --head --block` in a session of its own; `add_node` joins further raylets on the same host,
-for tests and benchmarks that lose nodes. Ray's socket paths must stay below 108 bytes, so
-its temp dir is reached through a short symbolic link although it lies in the run's folder.
+The head runs as `ray start --head --block` in a session of its own. `add_node` starts further raylets on the same host,
+for tests and benchmarks that lose nodes. Ray's socket paths must stay below 108 bytes, so its temp dir, which lies in
+the run's folder, is reached through a short symbolic link.
 """
 
 import contextlib
@@ -25,13 +25,14 @@ from nltrain.local.processes import Owner
 from nltrain.network import free_ports
 from nltrain.runtime.config import STOP_WAIT_S
 
-# What is still starting gets this long, said every SAY_EVERY_S: a busy machine needs minutes for what takes 5 s else.
+# Longest wait for a start, which takes 5 s on a quiet machine and minutes on a busy one; printed every SAY_EVERY_S.
 START_TIMEOUT_S = 900
 SAY_EVERY_S = 30.0
 START_ATTEMPTS = 3
-# `ray`, but it waits for the node as long as its raylet lives.
+OBJECT_STORE_BYTES = 150 << 20
+# The `ray` command, which waits for the node as long as its raylet lives.
 RAY = (sys.executable, "-P", str(Path(__file__).with_name("patience.py")))
-# A dead raylet refuses connections and is given up after 5 s; one that is merely slow gets 10 s per check.
+# A dead raylet refuses connections and is given up after 5 s; a slow one has 10 s to answer each check.
 HEALTH_CHECKS = {
     "RAY_health_check_initial_delay_ms": "5000",
     "RAY_health_check_period_ms": "1000",
@@ -40,8 +41,8 @@ HEALTH_CHECKS = {
     # On a busy machine a raylet's agents take longer to start than Ray allows them.
     "RAY_agent_register_timeout_ms": str(1000 * START_TIMEOUT_S),
 }
-# Ray would start idle workers that no run can use (each job has an environment of its own), and at the end wait 30 s
-# for actors of its own to leave.
+# By default Ray starts idle workers, which no run can use because each job has an environment of its own, and at the
+# end waits 30 s for its own actors.
 LEAN = {
     "RAY_enable_worker_prestart": "0",
     "RAY_prestart_worker_first_driver": "0",
@@ -57,7 +58,12 @@ class LocalCluster:
     """A head node with `num_cpus` logical CPUs; `folder` is the run folder that `owner.short` leads to."""
 
     def __init__(
-        self, folder: Path, owner: Owner, num_cpus: int, object_store_bytes: int = 150 * 2**20, **environment: str
+        self,
+        folder: Path,
+        owner: Owner,
+        num_cpus: int,
+        object_store_bytes: int = OBJECT_STORE_BYTES,
+        **environment: str,
     ) -> None:
         self._folder = folder / "ray"
         self._owner = owner
@@ -77,7 +83,7 @@ class LocalCluster:
                 "RAY_AUTH_MODE": "token",
                 "RAY_AUTH_TOKEN_PATH": str(token),
                 "RAY_USAGE_STATS_ENABLED": "0",
-                # Ray puts workers behind everything else on the machine; here they are what it is for.
+                # By default Ray gives workers a lower priority than everything else; here they are the purpose.
                 "RAY_worker_niceness": "0",
                 "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S),
                 **HEALTH_CHECKS,
@@ -141,9 +147,10 @@ class LocalCluster:
         self.stop()
 
     def add_node(self, num_cpus: int, **environment: str) -> "LocalNode":
-        """Another raylet with `num_cpus` logical CPUs joins; returns when the cluster counts it as alive.
+        """Another raylet with `num_cpus` logical CPUs joins; returns when the head counts it as alive.
 
-        Its ranks see `environment` beside the cluster's."""
+        Its ranks have the variables of `environment` besides the cluster's.
+        """
         for attempt in range(START_ATTEMPTS):
             name = f"node_{len(self.nodes) + 1}"
             node = LocalNode(self, self._folder / name, num_cpus, self._object_store_bytes, name, environment)
@@ -172,7 +179,7 @@ class LocalCluster:
         request = urllib.request.Request(
             f"{self.job_address}/api/version", headers={"Authorization": f"Bearer {token}"}
         )
-        # The cluster is on this machine: no proxy of the user's stands between.
+        # The cluster is on this machine: no proxy.
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         for _ in _while_starting("the local Ray cluster"):
             if self._process is None or self._process.poll() is not None:
@@ -186,7 +193,7 @@ class LocalCluster:
 
 
 def _while_starting(what: str) -> Iterator[None]:
-    """Steps of a wait of up to START_TIMEOUT_S, which is said every SAY_EVERY_S."""
+    """Steps of a wait of up to START_TIMEOUT_S, which is printed every SAY_EVERY_S."""
     began_s = said_s = time.monotonic()
     while (now_s := time.monotonic()) - began_s < START_TIMEOUT_S:
         if now_s - said_s > SAY_EVERY_S:
@@ -197,7 +204,7 @@ def _while_starting(what: str) -> Iterator[None]:
 
 
 def _last_line(log: Path) -> str:
-    """What a process said last: of a traceback the line that says what it is."""
+    """The last line that a process has printed; of a traceback, that is the line with the error."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:200] if lines else "it said nothing"
 
@@ -223,6 +230,7 @@ class LocalNode:
         self.node_id = ""
 
     def start(self) -> None:
+        """Start the raylet; returns when the head counts the node as alive. Raises ClusterError."""
         agent, agent_grpc, runtime_env, metrics = free_ports(4)
         command = [
             *RAY, "start", f"--address=127.0.0.1:{self._cluster.port}",
@@ -256,6 +264,7 @@ class LocalNode:
         os.kill(self.raylet_pid, signal.SIGKILL)
 
     def stop(self) -> None:
+        """End the raylet and what it has started."""
         _end(self.process)
 
     def _find_raylet(self) -> bool:

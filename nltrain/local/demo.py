@@ -1,4 +1,4 @@
-"""The demo as a machine sees it: S3, cluster, data, job, one planted kill, summary; and all of it stopped again."""
+"""The demo: starts a LocalWorld, prepares data, submits the job, kills one rank, and checks the summary."""
 
 import contextlib
 import json
@@ -7,9 +7,6 @@ import re
 import runpy
 import shutil
 import signal
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -20,10 +17,8 @@ from nltrain.config import RunConfig, override
 from nltrain.data.manifest import read_manifest
 from nltrain.data.prepare.corpus import stdlib_corpus
 from nltrain.errors import UserError
-from nltrain.local.cluster import LocalCluster
-from nltrain.local.embedded_s3 import EmbeddedS3
-from nltrain.local.environment import own_home
-from nltrain.local.processes import Owner, reap_abandoned
+from nltrain.local.processes import reap_abandoned
+from nltrain.local.world import LocalWorld, submit_arguments
 from nltrain.store import open_store
 from nltrain.terminal import print_anything
 from nltrain.track.metrics import FOLDER, log_fault, tail
@@ -39,18 +34,18 @@ NOISE = re.compile(r"^(Setting up process group|DeepSpeed .* built|\[.*W\d* )")
 DISK_NEEDED_BYTES = 2 * 2**30
 MAX_BAD_FRACTION = 0.1
 PREPARE_FIELDS = ("prepare.", "tokenizer")
-# The quick form: the same way of a token on less text, with a smaller quantum and fewer of them.
+# The quick form: every step of the demo with less text and fewer, smaller quanta.
 QUICK_QUANTA = 32
 QUICK_QUANTUM_TOKENS = 2048
 QUICK_CORPUS_BYTES = 3 << 20
 
 
 class DemoError(UserError, RuntimeError):
-    """The demo fell short of what it shows; the message says of what."""
+    """The demo cannot run, or its result is not what it must show; the message says why."""
 
 
 def quick(job: RunConfig) -> list[str]:
-    """Overrides that make `job` short: its levels, saves and validations at the same counts of smaller quanta."""
+    """Overrides that make `job` short: levels, saves and validations keep their number of quanta, which are smaller."""
     seq_len = job.data.seq_len
     quantum = max(job.cluster.max_workers, QUICK_QUANTUM_TOKENS // seq_len) * seq_len
     total = QUICK_QUANTA * quantum
@@ -78,7 +73,7 @@ def quick(job: RunConfig) -> list[str]:
 class Demo:
     """`folder` receives everything; an older folder of that name is kept under another name.
 
-    overrides: those of the fields of preparing (prepare.*, tokenizer*) go there, the others to the training job.
+    overrides: those of prepare.* and tokenizer* go to the job that prepares the data, the others to the training job.
     """
 
     def __init__(
@@ -96,7 +91,7 @@ class Demo:
             *(quick(job) if quick_form else ()),
             *(each for each in overrides if each not in self._prepare),
         ]
-        # A wrong field is told now and not after the data are prepared.
+        # A wrong field is an error now, not after the data are prepared.
         self._config: RunConfig = override(job, self._overrides)
 
     def run(self) -> dict[str, Any]:
@@ -106,37 +101,24 @@ class Demo:
         for line in reap_abandoned(self.folder):
             _say(line)
         _keep_old(self.folder)
-        (self.folder / "tmp").mkdir(parents=True)
-        owner = Owner(self.folder)
-        os.environ.update(TMPDIR=str(owner.short / "tmp"), **owner.environment)
-        # Nothing of the user's is read or written: profiles, caches, W&B's key.
-        os.environ.update(own_home(self.folder / "tmp" / "home"))
-        tempfile.tempdir = None  # read TMPDIR again
         started_s = time.monotonic()
-        try:
-            with contextlib.ExitStack() as stack:
-                s3 = stack.enter_context(EmbeddedS3(BUCKET))
-                reach_s3: dict[str, Any] = {**s3.environment()}
-                _say(f"embedded S3 at {s3.endpoint_url}")
-                cluster = stack.enter_context(
-                    LocalCluster(self.folder, owner, num_cpus=max(2, os.cpu_count() or 2), **reach_s3)
-                )
-                _say(f"Ray cluster up, jobs at {cluster.job_address}")
-                with s3.in_environment():
-                    prefix, extra = self._make_dataset(cluster)
-                job = [
-                    "jobs/hope_tiny.py",
-                    f"output={self.folder}",
-                    f"data.prefix={prefix}",
-                    f"checkpoint.url=s3://{BUCKET}/runs",
-                    *(["track.wandb=offline"] if self._config.track.wandb == "auto" else []),
-                ]
-                with kill_one_rank_half_way(self.folder):
-                    self._submit(cluster, [*job, *self._overrides, *extra])
+        num_cpus = max(2, os.cpu_count() or 2)
+        # Nothing of the user's is read or written: profiles, caches, W&B's key.
+        with LocalWorld(self.folder, BUCKET, num_cpus, with_own_home=True) as world:
+            _say(f"embedded S3 at {world.s3.endpoint_url}")
+            _say(f"Ray cluster up, jobs at {world.cluster.job_address}")
+            prefix, extra = self._make_dataset(world)
+            job = [
+                "jobs/hope_tiny.py",
+                f"output={self.folder}",
+                f"data.prefix={prefix}",
+                f"checkpoint.url=s3://{BUCKET}/runs",
+                *(["track.wandb=offline"] if self._config.track.wandb == "auto" else []),
+            ]
+            with kill_one_rank_half_way(self.folder):
+                self._submit(world, [*job, *self._overrides, *extra])
+            world.stop()
             summary = write_report(self.folder)
-        finally:
-            owner.close()
-            shutil.rmtree(self.folder / "tmp", ignore_errors=True)
         self._show(summary, time.monotonic() - started_s)
         return summary
 
@@ -154,22 +136,22 @@ class Demo:
         if self.corpus.resolve().is_relative_to(self.folder):
             raise DemoError(f"--corpus {self.corpus}: lies in the run's folder, which is renamed; move it elsewhere")
 
-    def _make_dataset(self, cluster: LocalCluster) -> tuple[str, list[str]]:
-        """Prepares the text; returns the dataset's URL, and what the job has to do without where it is very short."""
+    def _make_dataset(self, world: LocalWorld) -> tuple[str, list[str]]:
+        """Prepare the text. Returns the dataset's URL, and overrides for a text too short to hold a document out."""
         prefix, text = f"s3://{BUCKET}/corpus", json.dumps([str(self._corpus())])
         config = self._config
         settings = [
             f"vocab_size={config.model.vocab_size}",
             f"tokenizer_training_bytes={(1 if self.is_quick else 4) << 20}",
             f"prepare.seq_len={config.data.seq_len}",
-            # A folder of someone's files has empty and broken ones; each that is dropped is listed.
+            # A user's folder may have empty and broken files; each one that is dropped is listed.
             *([f"prepare.max_bad_fraction={MAX_BAD_FRACTION}"] if self.corpus else []),
         ]
 
         def prepare(url: str, fraction: float) -> dict[str, int]:
-            # JSON: a comma in the path would part it.
+            # As JSON, because a comma in the path would split it.
             command = ["jobs/prepare_shards.py", f"input={text}", f"output={url}", *settings]
-            self._submit(cluster, [*command, f"prepare.validation_fraction={fraction}", *self._prepare])
+            self._submit(world, [*command, f"prepare.validation_fraction={fraction}", *self._prepare])
             splits = read_manifest(open_store(url)).splits
             return {name: split.num_sequences for name, split in splits.items()}
 
@@ -192,38 +174,24 @@ class Demo:
         with (folder / "stdlib.jsonl").open("w", encoding="utf-8") as file:
             for name, text in stdlib_corpus(QUICK_CORPUS_BYTES if self.is_quick else None):
                 if not text.strip():
-                    continue  # an empty __init__.py says nothing
+                    continue  # an empty __init__.py
                 file.write(json.dumps({"name": name, "text": text}) + "\n")
         return folder
 
-    def _submit(self, cluster: LocalCluster, command: list[str]) -> None:
+    def _submit(self, world: LocalWorld, command: list[str]) -> None:
         """`ray job submit` as a user types it; the job's own lines go to the screen and to job.log."""
-        ray = str(Path(sys.executable).parent / "ray")
-        full = [ray, "job", "submit", "--working-dir", ".", "--", "python", *command]
-        _say(" ".join(["ray", *full[1:]]))
+        entrypoint, log = ["python", *command], self.folder / "job.log"
+        _say(" ".join(["ray job submit", *submit_arguments(entrypoint)]))
         reason = ""
-        with (self.folder / "job.log").open("a", encoding="utf-8") as log:
-            process = subprocess.Popen(
-                full,
-                cwd=self.root,
-                env=cluster.client_environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                encoding="utf-8",
-                errors="replace",
-                start_new_session=True,
-            )
-            assert process.stdout is not None
-            for line in process.stdout:
-                log.write(line)
-                if line.startswith("error: "):
-                    reason = line.removeprefix("error: ").strip()
-                if shown := _for_people(line):
-                    print(shown, flush=True)
-        if process.wait():
+        job = world.submit(entrypoint, log, self.root)
+        for line in job.lines():
+            if line.startswith("error: "):
+                reason = line.removeprefix("error: ").strip()
+            if shown := _for_people(line):
+                print(shown, flush=True)
+        if job.exit_code:
             raise DemoError(
-                f"{command[0]} ended with exit code {process.returncode}: {reason or 'see above'}; its whole log is "
-                f"{log.name}"
+                f"{command[0]} ended with exit code {job.exit_code}: {reason or 'see above'}; its whole log is {log}"
             )
 
     def _show(self, summary: dict[str, Any], seconds: float) -> None:
@@ -243,7 +211,7 @@ class Demo:
         first, last = summary["loss_first"], summary["loss_last"]
         if first is None or last is None or last >= first:
             wrong.append(f"the loss went from {first} to {last} nats per token instead of falling")
-        # How well a text can be learned is known of our own text alone, and of the whole run.
+        # The bound holds for our own text and the whole run; how well another text can be learned is unknown.
         own_text = not self.corpus and not self.is_quick
         if own_text and None not in (loss, unigram) and loss >= unigram - 1.0:
             wrong.append(f"validation loss {loss:.3f} is not 1 nat below the unigram entropy {unigram:.3f}")
@@ -285,7 +253,7 @@ def _say(text: str) -> None:
 
 
 def _for_people(line: str) -> str | None:
-    """The job's own words; Ray's lines about itself and the 120 lines of the config stay in job.log."""
+    """A line as the screen shows it. None for Ray's lines about itself and for the config, which stay in job.log."""
     plain = COLOUR.sub("", line.rstrip("\n"))
     of_worker = WORKER_PREFIX.match(plain)
     plain = WORKER_PREFIX.sub("", plain)
@@ -295,7 +263,7 @@ def _for_people(line: str) -> str | None:
 
 
 def _keep_old(folder: Path) -> None:
-    """Rename an earlier run's folder by its time of change; nothing is deleted."""
+    """Rename an earlier run's folder after its modification time; nothing is deleted."""
     if not folder.exists():
         return
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(folder.stat().st_mtime))

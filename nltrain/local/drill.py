@@ -1,17 +1,16 @@
-"""A small run on a cluster of several raylets on this machine, to lose nodes and workers of: for tests and benchmarks.
+"""Small runs on a cluster of several raylets on this machine, whose nodes and ranks can be killed.
 
-Everything is real: `ray start`, `ray job submit`, raylets, an S3 server behind a proxy that can be cut, the training
-itself. Only the sizes are small. On leaving, every process is ended and the folder's Ray session is removed.
+Everything is real: `ray start`, `ray job submit`, raylets, an S3 server behind a proxy that can be cut, the training.
+Only the sizes are small. On leaving, every process is ended and the folder's Ray session is removed.
 """
 
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,23 +19,21 @@ from typing import Any, Self
 from nltrain.data import train_tokenizer
 from nltrain.data.prepare import PrepareConfig, prepare, stdlib_corpus
 from nltrain.errors import UserError
-from nltrain.local.cluster import LocalCluster, LocalNode
-from nltrain.local.embedded_s3 import EmbeddedS3
-from nltrain.local.fault_proxy import FaultProxy
-from nltrain.local.processes import Owner
+from nltrain.local.cluster import LocalNode
+from nltrain.local.job import Job
+from nltrain.local.world import ROOT, LocalWorld, submit_arguments
 from nltrain.store import open_store
 from nltrain.track.metrics import read_rows
 from nltrain.track.rows import Row
 
-ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "drill"
 SEQ_LEN = 64
 QUANTUM = 768  # tokens: 12 sequences, which 1, 2, 3 and 4 ranks share evenly
 CHECKPOINT_TOKENS = 8 * QUANTUM
 VOCAB_SIZE = 512
 OBJECT_STORE_BYTES = 100 << 20
-# One raylet on two quiet cores; what takes longer measures how busy the machine is.
-QUIET_START_S = 4.5
+# A line of the training loop (nltrain/loop.py), for `planted`.
+FIRST_OF_A_QUANTUM = "for batch in run.micro_batches(quantum):"
 
 SMALL = {
     "model.width": 32,
@@ -68,58 +65,29 @@ class DrillError(UserError, RuntimeError):
     """What was waited for did not happen; the message says what, and ends with the job's log."""
 
 
-class Drill:
-    """A head node without training CPUs is not modelled: each node, the head among them, has one CPU for one rank."""
+class Drill(LocalWorld):
+    """A LocalWorld with a small dataset. Each node, the head among them, has one CPU for one rank."""
 
     def __init__(self, folder: Path, num_nodes: int) -> None:
-        self.folder, self.num_nodes = folder, num_nodes
-        self.slowness = 1.0
-        """How many times longer the cluster took to start than on a quiet machine; every wait is scaled by it."""
-        self._stack = contextlib.ExitStack()
+        super().__init__(
+            folder, BUCKET, 1, num_nodes=num_nodes, object_store_bytes=OBJECT_STORE_BYTES, can_cut_store=True
+        )
 
     def __enter__(self) -> Self:
-        self.folder.mkdir(parents=True)
-        self.owner = Owner(self.folder)
-        self._stack.callback(self.owner.close)
+        super().__enter__()
         try:
-            scratch = self.folder / "tmp"
-            scratch.mkdir()
-            self._stack.callback(shutil.rmtree, scratch, True)
-            before = {name: os.environ.get(name) for name in ("TMPDIR", *self.owner.environment)}
-            self._stack.callback(_restore, before)
-            os.environ.update(TMPDIR=str(self.owner.short / "tmp"), **self.owner.environment)
-            tempfile.tempdir = None  # read TMPDIR again
-            s3 = self._stack.enter_context(EmbeddedS3(BUCKET))
-            self.proxy = self._stack.enter_context(FaultProxy(s3.endpoint_url, probability=0.0, kinds=("reset",)))
-            self.s3_environment = s3.environment() | dict.fromkeys(
-                ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"), self.proxy.endpoint_url
-            )
-            before = {name: os.environ.get(name) for name in self.s3_environment}
-            self._stack.callback(_restore, before)
-            os.environ.update(self.s3_environment)
             _prepare(f"s3://{BUCKET}/corpus")
-            began_s = time.monotonic()
-            cluster = LocalCluster(self.folder, self.owner, 1, OBJECT_STORE_BYTES, **self.s3_environment)
-            self.cluster = self._stack.enter_context(cluster)
-            for _ in range(self.num_nodes - 1):
-                self.cluster.add_node(1)
-            self.slowness = max(1.0, (time.monotonic() - began_s) / (QUIET_START_S * self.num_nodes))
         except BaseException:
-            self._stack.close()
+            self.__exit__()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stack.close()
+        super().__exit__()
         self.cluster.remove_session_files()
 
-    @property
-    def nodes(self) -> list[LocalNode]:
-        """The nodes beside the head, in the order they joined, those that were killed among them."""
-        return self.cluster.nodes
-
-    def submit(self, name: str, num_quanta: int, root: Path = ROOT, **overrides: Any) -> "Job":
-        """`ray job submit` of jobs/hope_tiny.py below `root`, small, over all nodes; returns at once."""
+    def train(self, name: str, num_quanta: int, root: Path = ROOT, **overrides: Any) -> "TrainingJob":
+        """Submit jobs/hope_tiny.py below `root`, small, over all nodes; returns at once."""
         output = self.folder / f"out-{name}"
         number = len(list(self.folder.glob(f"job-{name}-*.log"))) + 1
         total_tokens = num_quanta * QUANTUM
@@ -139,18 +107,8 @@ class Drill:
         }
         values |= {key.replace("__", "."): value for key, value in overrides.items()}
         job_id = f"{name}-{number}-{self.owner.id[:6]}"
-        command = ["ray", "job", "submit", "--submission-id", job_id, "--working-dir", str(root), "--"]
-        command += ["python", "jobs/hope_tiny.py", *(f"{key}={value}" for key, value in values.items())]
-        return Job(self, job_id, output, self.folder / f"job-{name}-{number}.log", command)
-
-    @contextlib.contextmanager
-    def store_cut(self) -> Any:
-        """Inside the with block every request to S3 is reset."""
-        self.proxy.probability = 1.0
-        try:
-            yield
-        finally:
-            self.proxy.probability = 0.0
+        entrypoint = ["python", "jobs/hope_tiny.py", *(f"{key}={value}" for key, value in values.items())]
+        return TrainingJob(self, job_id, output, entrypoint, root, self.folder / f"job-{name}-{number}.log")
 
     def ray(self, *arguments: str, timeout_s: float = 180.0) -> str:
         """The output of a `ray` command against this cluster. Raises DrillError where it fails."""
@@ -176,28 +134,18 @@ class Drill:
             raise DrillError(f"drain-node: {done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
-class Job:
-    """A submitted job; its log streams into a file."""
+class TrainingJob(Job):
+    """A submitted training run of a drill. Every wait is scaled by the drill's slowness."""
 
-    def __init__(self, drill: Drill, job_id: str, output: Path, log: Path, command: Sequence[str]) -> None:
-        self.drill, self.id, self.output, self.log_path = drill, job_id, output, log
-        self.submitted_s = time.time()
-        with log.open("wb") as file:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "ray.scripts.scripts", *command[1:]],
-                env=drill.cluster.client_environment,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                cwd=ROOT,
-                start_new_session=True,
-            )
-
-    @property
-    def log(self) -> str:
-        return self.log_path.read_text(errors="replace")
+    def __init__(
+        self, drill: Drill, job_id: str, output: Path, entrypoint: Sequence[str], root: Path, log: Path
+    ) -> None:
+        """output: the folder that the run writes to; root: the folder of the code to submit."""
+        self.drill, self.id, self.output = drill, job_id, output
+        super().__init__(submit_arguments(entrypoint, job_id), root, log, drill.cluster.client_environment)
 
     def rows(self, kind: str | None = None) -> list[Row]:
+        """The rows that the run has written, in order; only those of `kind` where one is given."""
         return [row for row in read_rows(self.output) if kind in (None, row["kind"])]
 
     def tokens(self) -> int:
@@ -222,15 +170,16 @@ class Job:
         timeout_s *= self.drill.slowness
         deadline = time.monotonic() + timeout_s
         while True:
-            ended = self._process.poll() is not None
+            ended = self.exit_code is not None
             if value := condition():
                 return value
             if ended or time.monotonic() > deadline:
-                why = f"the job ended with {self._process.returncode}" if ended else f"not within {timeout_s:g} s"
+                why = f"the job ended with {self.exit_code}" if ended else f"not within {timeout_s:g} s"
                 raise DrillError(f"{self.id}: {what}: {why}; its log ends with\n{self.log[-3000:]}")
             time.sleep(poll_s)
 
     def wait_for_tokens(self, tokens: int, timeout_s: float) -> int:
+        """T, once the run has trained `tokens`. Raises DrillError as wait_until does."""
         return self.wait_until(f"T >= {tokens:,}", lambda: (t := self.tokens()) >= tokens and t, timeout_s)
 
     def wait_for_attempt(self, timeout_s: float, **values: Any) -> dict[str, Any]:
@@ -246,14 +195,13 @@ class Job:
 
         return self.wait_until(f"an attempt with {values}", trains, timeout_s)
 
-    def wait(self, timeout_s: float) -> int:
-        """The exit code of `ray job submit` once the job has ended."""
-        timeout_s *= self.drill.slowness
+    def wait(self, timeout_s: float | None = None) -> int:
+        """The exit code, once the job has ended. Raises DrillError where it does not end within `timeout_s`."""
         try:
-            return self._process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+            return super().wait(timeout_s and timeout_s * self.drill.slowness)
+        except subprocess.TimeoutExpired as error:
             raise DrillError(
-                f"{self.id} did not end in {timeout_s:g} s; its log ends with\n{self.log[-3000:]}"
+                f"{self.id} did not end in {error.timeout:g} s; its log ends with\n{self.log[-3000:]}"
             ) from None
 
     def stop(self) -> None:
@@ -261,16 +209,18 @@ class Job:
         self.drill.ray("job", "stop", self.id)
 
 
-def planted(folder: Path, statement: str) -> Path:
-    """The repository's code with a statement at the head of the training loop; the root to submit."""
+def planted(folder: Path, statement: str, before: str = FIRST_OF_A_QUANTUM) -> Path:
+    """A copy of the code with a statement before a line of the training loop; returns the root to submit."""
     for name in ("nltrain", "kernels", "jobs"):
         shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
     path = folder / "code" / "nltrain" / "loop.py"
-    head = "for quantum in run.quanta():\n"
-    text = path.read_text()
-    if text.count(head) != 1:
-        raise DrillError(f"{path}: {head!r} stands there {text.count(head)} times; mend the drill")
-    path.write_text(text.replace(head, f"{head}            {statement}\n"))
+    lines = path.read_text().splitlines(keepends=True)
+    places = [index for index, line in enumerate(lines) if line.strip() == before]
+    if len(places) != 1:
+        raise DrillError(f"{path}: the line {before!r} stands there {len(places)} times; adapt the drill")
+    margin = lines[places[0]].partition(before)[0]
+    lines.insert(places[0], textwrap.indent(statement, margin) + "\n")
+    path.write_text("".join(lines))
     return folder / "code"
 
 
@@ -283,12 +233,3 @@ def _prepare(url: str) -> None:
     documents = list(stdlib_corpus())[:60]
     tokenizer = train_tokenizer([text for _, text in documents[::3]], VOCAB_SIZE)
     prepare(documents, open_store(url), tokenizer, PrepareConfig(seq_len=SEQ_LEN, validation_fraction=0.05))
-
-
-def _restore(before: dict[str, str | None]) -> None:
-    for name, value in before.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    tempfile.tempdir = None

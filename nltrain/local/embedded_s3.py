@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from typing import Self
 
 from nltrain.errors import UserError
+from nltrain.local.environment import added_to_environment
 from nltrain.store import S3Store
 
 START_TIMEOUT_S = 60.0
@@ -33,11 +34,11 @@ class EmbeddedS3:
     def __init__(self, bucket: str | None = None):
         """Starts the server and makes `bucket` when one is named."""
         self.folder = tempfile.mkdtemp(prefix="nltrain-s3-")
-        # A configuration of its own: the user's profiles, endpoints and credentials stay out of it.
+        # A configuration of its own, without the user's profiles, endpoints and credentials.
         self._config_file = os.path.join(self.folder, "aws-config")
         with open(self._config_file, "w", encoding="utf-8") as file:
             file.write("[default]\nregion = us-east-1\n")
-        # moto spools objects to TMPDIR and warns of nothing when that fills: give it a folder that we remove.
+        # moto writes objects to TMPDIR and does not warn when it is full: give it a folder that we remove.
         environment = os.environ | self._account() | {"TMPDIR": self.folder, "PYTHONUTF8": "1"}
         command = [sys.executable, "-m", "nltrain.local.embedded_s3"]
         self._process = subprocess.Popen(
@@ -58,17 +59,17 @@ class EmbeddedS3:
             S3Store(f"s3://{bucket}", attempts=3, timeout_s=START_TIMEOUT_S, backoff_s=0.1).create_bucket()
 
     def environment(self) -> dict[str, str]:
-        """The variables that send S3 clients here, whatever else the environment says; for child processes."""
+        """The variables that send S3 clients to this server under any environment; for child processes."""
         return self._account() | {
             "AWS_ENDPOINT_URL": self.endpoint_url,
-            # The one of the service comes before the general one; Arrow takes an empty one for AWS itself.
+            # It takes precedence over AWS_ENDPOINT_URL; where it is empty, Arrow uses AWS itself.
             "AWS_ENDPOINT_URL_S3": self.endpoint_url,
             "NO_PROXY": _with_loopback("NO_PROXY"),
             "no_proxy": _with_loopback("no_proxy"),
         }
 
     def _account(self) -> dict[str, str]:
-        """Each variable of the AWS chain that a user may have set to something that cannot be or must not be used."""
+        """A value for each AWS variable that a user may have set to something unusable here, or to an account."""
         return {
             "AWS_ACCESS_KEY_ID": "embedded",
             "AWS_SECRET_ACCESS_KEY": "embedded",
@@ -88,18 +89,9 @@ class EmbeddedS3:
     @contextlib.contextmanager
     def in_environment(self) -> Iterator[Self]:
         """os.environ points here inside the with block, and is as before after it."""
-        added = self.environment()
-        before = {name: os.environ.get(name) for name in added}
-        os.environ.update(added)
-        del os.environ["AWS_ENDPOINT_URL_S3"]  # here the general one suffices, and can be replaced by itself
-        try:
+        with added_to_environment(self.environment()):
+            del os.environ["AWS_ENDPOINT_URL_S3"]  # so that a test can replace AWS_ENDPOINT_URL alone
             yield self
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
 
     def stop(self) -> None:
         """Ends the server process and removes its folder; harmless when done twice."""
@@ -138,7 +130,7 @@ class EmbeddedS3:
 
 
 def _with_loopback(variable: str) -> str:
-    """The hosts that are reached without a proxy: those of the user, and this machine."""
+    """The user's hosts that need no proxy, and this machine."""
     named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     hosts = [host.strip() for host in (os.environ.get(variable) or named).split(",") if host.strip()]
     if "*" in hosts:

@@ -1,27 +1,29 @@
-"""The environment of what runs on this machine alone: nothing of the user's leaks in, nothing of the user's is touched.
+"""The environment of processes that run on this machine alone: separate from the user's own.
 
 A local cluster and what it starts get a home folder of their own, so that no profile, netrc, token or cache file of the
-user is read or written, and none of the variables that send Ray, S3 or W&B elsewhere. What has nothing to do with a
-place (PATH, PYTHONPATH, LD_LIBRARY_PATH, thread counts) is kept.
+user is read or written, and none of the variables that send Ray, S3 or W&B elsewhere. Variables that name no such place
+(PATH, PYTHONPATH, LD_LIBRARY_PATH, thread counts) are kept.
 """
 
+import contextlib
 import os
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from nltrain.errors import UserError
 
-# Each of these families can send a local run to a machine, an account or an interface that is not its own.
+# Variables of these families can send a local run to another machine, account or network interface.
 FOREIGN = ("AWS_", "RAY_", "WANDB_", "GLOO_", "NCCL_", "BOTO_")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-# Ray asks them which cloud it is in; only this machine itself can, no proxy.
+# Ray asks these addresses which cloud it runs in; a proxy could not answer for this machine.
 METADATA = ("169.254.169.254", "metadata.google.internal")
 # Unix sockets need short paths, wherever TMPDIR points.
 SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 class EnvironmentRefusedError(UserError, RuntimeError):
-    """This machine lacks something that no variable can replace; the message says what."""
+    """This machine lacks something that a local run needs; the message says what."""
 
 
 def without_foreign(environment: Mapping[str, str]) -> dict[str, str]:
@@ -47,7 +49,7 @@ def own_home(folder: Path) -> dict[str, str]:
         "MPLCONFIGDIR": str(folder / "matplotlib"),
         # A netrc with a default entry would replace the token of every request to the local cluster.
         "NETRC": os.devnull,
-        # Whatever the locale says, files and logs are UTF-8.
+        # Files and logs are UTF-8 under every locale.
         "PYTHONUTF8": "1",
         "PYTHONIOENCODING": "utf-8:backslashreplace",
         "NO_PROXY": ",".join(LOOPBACK),
@@ -66,8 +68,25 @@ def short_folder() -> Path:
 
 
 def reach_loopback_directly() -> None:
-    """In this process: no proxy stands between it and this machine; other hosts keep it."""
+    """In this process: requests to this machine use no proxy; those to other hosts do as before."""
     for name in ("NO_PROXY", "no_proxy"):
         hosts = [host for host in os.environ.get(name, os.environ.get("no_proxy", "")).split(",") if host.strip()]
         if "*" not in hosts:
             os.environ[name] = ",".join([*hosts, *(host for host in (*LOOPBACK, *METADATA) if host not in hosts)])
+
+
+@contextlib.contextmanager
+def added_to_environment(added: Mapping[str, str]) -> Iterator[None]:
+    """os.environ has these variables inside the with block, and is as before after it; tempfile follows TMPDIR."""
+    before = {name: os.environ.get(name) for name in added}
+    os.environ.update(added)
+    tempfile.tempdir = None  # read TMPDIR again
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        tempfile.tempdir = None

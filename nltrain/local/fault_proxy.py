@@ -1,4 +1,4 @@
-"""A real HTTP proxy between S3 clients and an S3 server that injects the network's faults; for tests and rehearsals.
+"""An HTTP proxy between S3 clients and an S3 server that injects faults of the network; for tests and rehearsals.
 
 Each request meets a fault with a given probability: an error 500, a 503 SlowDown, a connection reset before or after
 the server acted, a stall, a truncated body, or a flipped bit in the body. Faults are drawn from a seed in the order
@@ -24,7 +24,7 @@ _HOP_HEADERS = {"connection", "keep-alive", "transfer-encoding", "expect", "cont
 
 
 class FaultProxy:
-    """A running proxy: `endpoint_url` to use instead of the server's, `faults` counts what it did."""
+    """A running proxy: clients use its `endpoint_url` instead of the server's; `faults` counts by kind."""
 
     def __init__(
         self,
@@ -57,6 +57,7 @@ class FaultProxy:
 
     @property
     def num_faults(self) -> int:
+        """How many requests have met a fault so far."""
         return self.faults.total()
 
     def stop(self) -> None:
@@ -102,7 +103,7 @@ class _Server(ThreadingHTTPServer):
     proxy: FaultProxy
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hangs up is business as usual here."""
+        """Ignore clients that close the connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):

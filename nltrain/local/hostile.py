@@ -1,6 +1,6 @@
-"""An environment in which nothing points where a local run may go, for tests and rehearsals.
+"""An environment whose variables all lead away from this machine's own servers, for tests and rehearsals.
 
-Whatever follows it all the same reaches a server that counts it.
+A program that follows one of them reaches the Trap, a server that records each request.
 """
 
 import http.server
@@ -39,6 +39,7 @@ class Trap:
         self.url = f"http://127.0.0.2:{self._server.server_port}"
 
     def close(self) -> None:
+        """End the server."""
         self._server.shutdown()
         self._server.server_close()
 
@@ -103,6 +104,7 @@ def can_be_a_stranger() -> bool:
 
 
 def without_home(environment: dict[str, str]) -> dict[str, str]:
+    """`environment` of a user who has no home folder and no name."""
     return {name: value for name, value in environment.items() if name not in ("HOME", "USER", "LOGNAME")}
 
 

@@ -1,7 +1,7 @@
-"""Ray within one process and on this machine alone, for jobs that are started without a cluster (prepare_shards).
+"""Ray within one process, on this machine alone, for jobs that are started without a cluster (prepare_shards).
 
-It follows nothing of the user's environment that names a place, leaves nothing in the home folder, waits as long as a
-busy machine needs and tries again; what stays broken is one OwnRayError.
+It ignores all variables of the user's environment that name a place of Ray, leaves nothing in the home folder, waits as
+long as a busy machine needs and tries again; a start that fails for good is one OwnRayError.
 """
 
 import logging
@@ -56,7 +56,7 @@ def own_ray(num_cpus: int, environment: dict[str, str]) -> Iterator[Any]:
 
 
 def _be_local(folder: Path) -> None:
-    """This process's environment for a Ray of its own; the variables of S3 and of proxies stay: the data need them."""
+    """Set this process's environment for a Ray of its own. Variables of S3 and of proxies stay: the data need them."""
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         del os.environ[name]
     reach_loopback_directly()

@@ -1,8 +1,8 @@
-"""Lets Ray take as long to start as a busy machine needs: Ray itself gives a node 30 s to come up, then ends.
+"""Waits longer than 30 s, Ray's own limit, for a node to start on a busy machine.
 
-Run as a file in the place of the `ray` command; or `be_patient` before `ray.init` in this process. The wait goes on
-while the node's raylet lives, is said every SAY_EVERY_S, and ends after LIMIT_S. Imports nothing of this package, and
-one private name of Ray: services.get_node, which is asked until the new node is listed.
+Run as a file instead of the `ray` command, or call `be_patient` before `ray.init` in this process. The wait goes on
+while the node's raylet lives, prints a line every SAY_EVERY_S, and ends after LIMIT_S. It imports nothing of this
+package, and one private name of Ray: services.get_node, which is called until the new node is listed.
 
     python patience.py start --head ...
 """
@@ -16,7 +16,7 @@ SAY_EVERY_S = 20.0
 
 
 def be_patient(limit_s: float = LIMIT_S) -> None:
-    """From now on this process waits for Ray's node for up to `limit_s`; harmless when called twice."""
+    """Make Ray wait for its node for up to `limit_s` in this process; may be called twice."""
     from ray._private import services
 
     if getattr(services.get_node, "is_patient", False):

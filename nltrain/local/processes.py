@@ -1,9 +1,9 @@
-"""Which processes on this machine are ours, and how they are ended: by pid, never by name.
+"""Finds the processes that an orchestrator of ours has started, and ends them: by pid, never by name.
 
 A process started with `Owner.environment` carries an id that its children inherit, so the daemons, workers and agents
-of a local cluster can be found whatever their parents did. An owner that was itself killed leaves a record behind; the
-next one finds it and ends what is left. Needs a system where one may read the environment of one's own processes
-(Linux, macOS).
+of a local cluster can be found even where their parents have ended. An owner that was itself killed leaves a record;
+the next one finds the record and ends what is left. Needs a system where the environment of one's own processes can be
+read (Linux, macOS).
 """
 
 import json
@@ -20,7 +20,7 @@ VARIABLE = "NLTRAIN_OWNER"
 
 
 class Owner:
-    """An orchestrator's claim on the processes it starts; a record keeps it for whoever comes after a crash.
+    """The identity of an orchestrator; its processes carry it, and a record of it survives a crash.
 
     `short` is a symbolic link in /tmp, or another short folder, to the run's folder: paths of Unix sockets must stay
     below 108 bytes.
@@ -40,9 +40,11 @@ class Owner:
 
     @property
     def environment(self) -> dict[str, str]:
+        """The variable that marks a process, and all its children, as this owner's."""
         return {VARIABLE: self.id}
 
     def processes(self) -> list[psutil.Process]:
+        """The owner's live processes, other than this one."""
         return owned(self.id)
 
     def close(self, grace_s: float = 5.0) -> None:
@@ -53,7 +55,7 @@ class Owner:
 
 
 def record_folder(run_folder: Path) -> Path:
-    """Where the records of all orchestrators lie whose runs lie beside each other."""
+    """The folder of the records of all orchestrators whose run folders have one parent."""
     return run_folder.parent / ".owners"
 
 
@@ -85,7 +87,7 @@ def stop(owner_id: str, grace_s: float = 5.0) -> int:
 
 
 def reap_abandoned(run_folder: Path) -> list[str]:
-    """End what orchestrators left that were killed before they could clean up; returns a line for each."""
+    """End the processes of orchestrators that were killed before they could clean up; returns a line for each."""
     lines = []
     for path in sorted(record_folder(run_folder).glob("*.json")):
         record = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""Where a run's ranks live, how often they may fail, and how long anything may take before it counts as stuck."""
+"""Where a run's ranks are placed, how often they may fail, and after what time a rank counts as stuck."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -39,19 +39,19 @@ class ClusterConfig:
     probe_device: bool = True
     """Before training each rank multiplies, remembers and adds up known integers on its device, and leaves if wrong."""
     hang_timeout_s: float = 300.0
-    """A rank that makes no progress in training for this long is dumped, killed, and the group restarted."""
+    """A rank without progress in training for this long is dumped and killed, and the group is restarted."""
     slow_phase_timeout_s: float = 1800.0
-    """The same limit for starting, saving, validating and finishing, where nothing is counted on the way."""
+    """The same limit for starting, saving, validating and finishing, which report no progress in between."""
     group_start_timeout_s: float = 60.0
-    """Longest wait for the workers of one size to be placed before the nodes are counted anew."""
+    """Longest wait for all workers to be placed; after it the nodes are counted again."""
     resize_check_s: float = 20.0
-    """How often a running group looks for nodes that have come or gone."""
+    """How often a running group looks for new nodes."""
     leave_timeout_s: float = 300.0
-    """Longest wait for the checkpoint before a resize; then the group is resized without it."""
+    """Longest wait for the checkpoint before a resize; after it the group is resized without one."""
     process_group_timeout_s: float = 600.0
     """A collective that waits longer than this fails the rank."""
     health_check_interval_s: float = 0.5
-    """How often Ray looks after its workers; a lost rank is noticed after about this long."""
+    """How often Ray checks its workers; a lost rank is noticed after about this long."""
 
     def __post_init__(self) -> None:
         require(self.max_workers >= 1, "cluster.max_workers", self.max_workers, "must be at least 1")

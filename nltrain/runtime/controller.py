@@ -1,9 +1,8 @@
-"""Ray Train with our own judgement: with patience.py the only file that uses its private names (Ray is pinned for it).
+"""Ray Train with our own policies. Only this file and local/patience.py use private names of Ray, which is pinned.
 
-What is ours: which failures are tried again (failures.py), which nodes are no longer used (strikes.py), and the notes
-of both beside the checkpoints; a checkpoint before a resize, so that growing costs no tokens; the user's stop, which
-lets the ranks save; and counting only nodes that live and are not being drained. The rest is Ray's: placement,
-restarts, health, elasticity.
+Our part: whether a failed group is started again (failures.py), which nodes are no longer used (strikes.py), notes of
+both beside the checkpoints, a checkpoint before a resize so that growing costs no tokens, the user's stop with a
+checkpoint, and counting only nodes that live and are not drained. Ray's part: placement, restarts, health, elasticity.
 """
 
 import contextlib
@@ -24,6 +23,7 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerCallback
@@ -38,19 +38,19 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 
 from nltrain.config import RunConfig, from_dict
 from nltrain.runtime.failures import Failure, FailureLedger, Verdict, summary
+from nltrain.runtime.leaving import ask_to_leave, on_sigterm, wait_until_left
 from nltrain.runtime.probe import DeviceRefusedError, driver_problem, read_driver
 from nltrain.runtime.sizes import Sizes
 from nltrain.runtime.strikes import Place, Strikes, note_strike
-from nltrain.runtime.worker import ask_to_leave, on_sigterm, wait_until_left
 from nltrain.store import StoreError, open_store
 from nltrain.supervision import Wish
 from nltrain.track.events import behind, put_event, read_events
 from nltrain.track.status import read_history
 
-# A note must not hold up a restart: few tries, short silence.
+# A note must not delay a restart: few attempts, a short timeout.
 NOTE_ATTEMPTS, NOTE_TIMEOUT_S = 3, 5.0
 PROBE_TIMEOUT_S = 3.0
-# A rank that died within this time after it had said that it is stuck died of that.
+# A rank that died within this time after its watchdog had noted that it is stuck died of that.
 STUCK_BEFORE_S = 60.0
 
 
@@ -60,17 +60,17 @@ def own_rank() -> int:
 
 
 def node_is_leaving() -> bool:
-    """Whether Ray has told this worker that a node of its group is being drained. No communication.
+    """Whether Ray has informed this worker that a node of its group is drained. No communication.
 
-    The public ray.train.get_preemption_info is a barrier over all workers; ours have an agreement of their own.
+    The public ray.train.get_preemption_info is a barrier over all workers; our ranks agree in the training loop.
     """
     return get_train_context().preemption_context.preemption_info is not None
 
 
 def register_with_ray(url: str, metrics: dict[str, Any]) -> None:
-    """Name a committed checkpoint of ours as the run's result. Every rank calls it.
+    """Report a committed checkpoint of ours to Ray as the run's result. Every rank calls it.
 
-    Ray takes only what lies below its own folder, so it gets a pointer: one small file, and no second upload.
+    Ray accepts only files below its own folder, so it gets a small file with the URL, not a second upload.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "checkpoint.json").write_text(json.dumps({"url": url}))
@@ -81,23 +81,25 @@ class SaveOnSigterm(WorkerCallback):
     """Installs the SIGTERM handler where Python allows it: on the main thread of the worker's process."""
 
     def after_init_train_context(self) -> None:
+        """Ray calls it in the worker's process before training."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)
 
 
 class CheckDriver(WorkerCallback):
-    """On each rank, before Ray makes the group and NCCL ends in words of its own: the driver runs torch's CUDA."""
+    """Checks on each rank that the driver runs torch's CUDA, before NCCL fails with a message that does not say so."""
 
     def __init__(self, device: str, driver: Callable[[], str] = read_driver) -> None:
         self._device, self._driver = device, driver
 
     def after_init_train_context(self) -> None:
+        """Ray calls it in the worker's process before training. Raises DeviceRefusedError."""
         if self._device == "cuda" and (problem := driver_problem(self._driver(), torch.version.cuda)):
             raise DeviceRefusedError(f"{socket.gethostname()}: {problem}")
 
 
 class JudgedFailures(FailurePolicy):
-    """Asks the ledger, says what it decided, and notes the failure beside the checkpoints."""
+    """Decides with the FailureLedger, prints the decision, and notes the failure beside the checkpoints."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(None)
@@ -111,6 +113,7 @@ class JudgedFailures(FailurePolicy):
         self._told: set[str] = set()
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
+        """RETRY or RAISE; Ray calls it after each failure."""
         failure = diagnose(training_failed_error)
         verdict = Verdict(False, "the job was being stopped")
         if not self.stopping:
@@ -156,7 +159,7 @@ class JudgedFailures(FailurePolicy):
         """Count the failure against the node of the rank that caused it, where that is one node."""
         ranks = failure.ranks
         try:
-            # The rank is dead; what its watchdog says of that comes later than what it said before.
+            # The rank is dead: its watchdog's note of the hang may still come, its note of being stuck is there.
             since_s = max(self.placed_s, time.time() - STUCK_BEFORE_S)
             events = read_events(self._store(), self.config.name, since_s=since_s, kinds=("hang", "stuck"))
             hang = behind(events, killed=True)
@@ -184,7 +187,7 @@ class JudgedFailures(FailurePolicy):
             self._ledger.cause_removed()
 
     def _enough(self, nodes: list[dict[str, Any]]) -> bool:
-        """Whether these nodes hold the fewest ranks of the run."""
+        """Whether these nodes have room for the smallest number of ranks of the run."""
         cluster = self.config.cluster
         each = {"CPU": cluster.cpus_per_worker} | ({"GPU": 1.0} if cluster.device == "cuda" else {})
         places = sum(
@@ -198,7 +201,7 @@ class JudgedFailures(FailurePolicy):
             print(text, flush=True)
 
     def note(self, kind: str, **values: Any) -> None:
-        """Best effort: the store may be what has failed."""
+        """Write an event beside the checkpoints. Best effort: the failure may be that of the store."""
         try:
             put_event(self._store(), self.config.name, kind, "controller", **values)
         except StoreError as error:
@@ -216,7 +219,7 @@ class JudgedFailures(FailurePolicy):
 
 
 def diagnose(error: Exception) -> Failure:
-    """What Ray says about the end of a group, as one failure."""
+    """Ray's error about the end of a group, as one Failure."""
     if isinstance(error, PreemptionError):
         return Failure("preemption", f"a node with ranks {error.preemption_info.preempted_ranks} was taken away")
     if isinstance(error, WorkerGroupError):
@@ -224,7 +227,7 @@ def diagnose(error: Exception) -> Failure:
         return Failure.of_ranks(error.worker_failures, preempted)
     cause = error.controller_failure if isinstance(error, ControllerError) else error
     if isinstance(cause, ray.exceptions.RayTaskError) and cause.cause is not None:
-        cause = cause.cause  # what a worker raised, without Ray's account of how it came here
+        cause = cause.cause  # what a worker raised, without Ray's text around it
     words = " ".join(str(cause).split())[:500]
     if isinstance(cause, WorkerGroupStartupTimeoutError):
         return Failure("capacity", words)
@@ -234,18 +237,18 @@ def diagnose(error: Exception) -> Failure:
 
 
 class LiveNodes(ElasticScalingPolicy):
-    """Ray's reservation is up to 20 s old: leave out nodes that are gone or going, add free ones that have come."""
+    """Corrects Ray's count of nodes, which is up to 20 s old: leaves out lost and drained nodes, adds new free ones."""
 
     best: Callable[[int], int] = staticmethod(int)
-    """how many of so many workers shall train"""
+    """How many of so many available workers shall train."""
     avoided: Callable[[], Collection[str]] = staticmethod(tuple)
-    """Ray's ids of the nodes that the run does not use"""
+    """Ray's ids of the nodes that the run does not use."""
     _counted: Any = None
     _counted_s = -math.inf
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-        """Grow only. A group that runs loses a worker by failure or preemption, which its next poll tells as such:
-        to shrink it here, seconds before, would call a dead node a resize and wait for it to save."""
+        """Grow only. The next poll finds a lost worker as a failure or a preemption; to shrink the group here, seconds
+        earlier, would count a dead node as a resize and wait for its rank to save."""
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         if isinstance(decision, ResizeDecision) and decision.num_workers < worker_group_state.num_workers:
             return NoopDecision()
@@ -255,7 +258,7 @@ class LiveNodes(ElasticScalingPolicy):
         return self.best(super()._count_possible_workers(reserved_resources))
 
     def _get_reserved_resources(self) -> Any:
-        # Ray's loop asks without a pause while too few nodes are there.
+        # Ray's loop calls this without a pause while there are too few nodes.
         if time.monotonic() - self._counted_s >= self.GET_RESERVED_RESOURCES_INTERVAL_S:
             self._counted = self._count()
             self._counted_s = time.monotonic()
@@ -278,7 +281,7 @@ class LiveNodes(ElasticScalingPolicy):
 
 
 def _answers(node: dict[str, Any]) -> bool:
-    """Whether the node's raylet still takes connections; the head needs seconds longer to find out."""
+    """Whether the node's raylet accepts connections; the head notices a lost raylet seconds later."""
     try:
         socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), PROBE_TIMEOUT_S).close()
         return True
@@ -287,18 +290,19 @@ def _answers(node: dict[str, Any]) -> bool:
 
 
 class AvoidNodes(ControllerCallback):
-    """Tells Ray where no rank may be put, each time a group is started."""
+    """Keeps ranks away from the avoided nodes, each time a group is started."""
 
     def __init__(self, policy: JudgedFailures) -> None:
         self._policy = policy
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
+        """The label selector for the group's workers; None: every node may be used."""
         avoided = self._policy.avoided()
         return {ray._raylet.RAY_NODE_ID_KEY: f"!in({','.join(sorted(avoided))})"} if avoided else None
 
 
 class Controller(TrainController):
-    """Ray's control loop, plus what the run may be asked to do."""
+    """Ray's control loop, with a save before each resize and calls to stop the run and to read the verdict."""
 
     _resizing = False
 
@@ -324,7 +328,7 @@ class Controller(TrainController):
 
     def _execute_resize_decision(self, decision: Any) -> Any:
         group = self.get_worker_group()
-        # A group that has failed is still there when its successor is started: nothing to save in that one.
+        # A group that has failed still exists when the next one is started, but has nothing to save.
         if group is not None and self._resizing:
             before = len(group.get_workers())
             leave_timeout_s = self._failure_policy.config.cluster.leave_timeout_s
@@ -363,10 +367,14 @@ class Controller(TrainController):
 
 
 class Trainer(TorchTrainer):
-    """TorchTrainer that runs our controller. `controller` is there while `fit` runs; `verdict` after it."""
+    """TorchTrainer that runs our controller. `controller` is set while `fit` runs, `verdict` after it."""
 
     controller: Any = None
     verdict: tuple[Failure, Verdict] | None = None
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Ray's callbacks without that of Ray Data, which we do not use: it starts a process for each group."""
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         arguments["failure_policy"] = JudgedFailures(self.train_loop_config)

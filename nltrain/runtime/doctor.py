@@ -1,9 +1,9 @@
-"""`nltrain doctor`: asks every node of a Ray cluster what health.py judges, and lets their devices work together once.
+"""`nltrain doctor`: asks every node of a Ray cluster for its facts, and lets the devices do one all-reduce together.
 
 Runs on the cluster: `ray job submit --working-dir . -- python -m nltrain.cli doctor --store s3://B/runs`, or on the
 head. One actor per node reads the facts; one per GPU (per node where there are none) makes a group, probes its device
-and takes part in an all-reduce. Needs the GPUs for a minute: no job may hold them. Exit code 1 where anything is an
-error.
+and takes part in an all-reduce; health.py judges the facts. No job may hold the GPUs during this minute. The exit code
+is 1 where a finding is an error.
 """
 
 import argparse
@@ -29,23 +29,26 @@ CLOCK_QUESTIONS = 5
 
 
 class Node:
-    """On one node: reads."""
+    """An actor that reads the facts of the node it runs on."""
 
     def now(self) -> float:
+        """This node's clock, Unix seconds."""
         return time.time()
 
     def facts(self, name: str, num_gpus: int) -> NodeFacts:
+        """The facts of this node, except its clock and the store; num_gpus: how many Ray gives out here."""
         return node_facts(name, num_gpus)
 
     def store(self, url: str, name: str) -> StoreFacts:
+        """What this node may do below `url`, and how fast."""
         return store_facts(url, name)
 
 
 class Member:
-    """One rank of the group: with a GPU where the cluster has some."""
+    """An actor that is one rank of the group; it has a GPU where the cluster has GPUs."""
 
     def place(self) -> tuple[str, int]:
-        """Where the first rank's meeting point can be."""
+        """(address, free port) for the rendezvous of the group, where this is the first rank."""
         return socket.gethostbyname(socket.gethostname()), free_ports(1)[0]
 
     def probe(self, device: str) -> str:

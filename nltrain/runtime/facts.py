@@ -1,6 +1,6 @@
-"""What one machine says of itself, for `nltrain doctor`: the readers behind the checks of health.py. Knows no Ray.
+"""The facts of one machine, for `nltrain doctor`: readers of what the checks of health.py judge. No Ray.
 
-Every reader asks the machine as it is; a value that cannot be read is left at what the check takes for missing.
+A value that cannot be read keeps its default, which the check counts as missing.
 """
 
 import importlib.metadata
@@ -34,7 +34,7 @@ TRANSPORTS = ("NET/", "P2P", "SHM", "NVLS", "CollNet")
 
 
 def node_facts(name: str, num_gpus: int) -> NodeFacts:
-    """Everything but the clock and the store, which somebody else has to ask for."""
+    """All facts of this machine but its clock, which only another machine can compare, and the store."""
     return NodeFacts(
         name=name,
         python=platform.python_version(),
@@ -53,6 +53,7 @@ def node_facts(name: str, num_gpus: int) -> NodeFacts:
 
 
 def versions() -> dict[str, str]:
+    """{package: version} of those of PACKAGES that are installed."""
     found = {}
     for package in PACKAGES:
         try:
@@ -68,7 +69,7 @@ def shm_bytes(folder: str = "/dev/shm") -> int:
 
 
 def wandb_error(url: str | None = None) -> str:
-    """Why W&B's server does not answer; empty where it does, whatever it answers."""
+    """Why W&B's server does not answer; empty where it answers, even with an HTTP error."""
     url = url or os.environ.get("WANDB_BASE_URL", WANDB_URL)
     try:
         urllib.request.urlopen(url, timeout=WANDB_TIMEOUT_S).close()

@@ -1,8 +1,8 @@
-"""Whether a failed group is tried again: budgets, and the crash loop that no restart would cure. Pure; knows no Ray.
+"""Whether a failed group of workers is started again: budgets of failures, and detection of crash loops. Pure; no Ray.
 
-A failure that names its error stops the run when the same error comes again without progress beyond it. One that
-leaves no word (a killed process, a lost node) may be bad luck, so it takes more of them in a row. Preemptions have a
-budget of their own. Errors of the configuration stop at once: no restart changes a config.
+A failure with an error message stops the run when the same error comes again without progress beyond it. A failure
+without one (a killed process, a lost node) may be bad luck, so more of them in a row are allowed. Preemptions have a
+budget of their own. Errors of the configuration stop the run at once, because a restart does not change a config.
 """
 
 import re
@@ -14,7 +14,7 @@ from nltrain.runtime.config import ClusterConfig
 
 Kind = Literal["error", "death", "preemption", "capacity", "internal"]
 
-# No restart cures these: what was asked for cannot be, or another attempt has taken over.
+# A restart does not help: the config cannot be run, or another attempt has taken over.
 FATAL = {
     "ConfigError",
     "KernelError",
@@ -25,20 +25,20 @@ FATAL = {
     "PlanError",
     "StaleAttemptError",
 }
-# These come from outside and pass; the text of one outage is the same each time.
+# Outages of services: they end by themselves, and their text is the same each time.
 TRANSIENT = {"StoreError", "SaveFailedError", "FirstRankError"}
-# The rank's device is at fault, not the program: another node cures it.
+# The rank's device is faulty, not the program: the run can go on with another node.
 DEVICE = {"DeviceRefusedError"}
 _DEVICE = re.compile(
     r"uncorrectable|ECC error|CUDA error: (unspecified launch failure|hardware|unknown error)|NVLink error", re.I
 )
-# What a rank says when another one is gone: the cause is elsewhere.
+# Errors of a rank whose peer is gone: the cause is elsewhere.
 _COLLATERAL = re.compile(
     r"Connection (closed|reset|refused)|closed by peer|pair closure|Broken pipe|Socket Timeout|connectFullMesh"
     r"|ncclRemoteError|ncclSystemError|NCCL communicator was aborted|Watchdog caught collective|timed out waiting",
     re.IGNORECASE,
 )
-# In Ray's words about a lost worker: the lines that name a cause.
+# In Ray's text about a lost worker: the lines that name a cause.
 _TELLING = re.compile(r"because|terminated|unavailable|exited|killed|died", re.IGNORECASE)
 MAX_SILENT = 4
 """Deaths, or transient errors, in a row without progress after which it is a crash loop."""
@@ -49,7 +49,7 @@ class NodeLeaving(Exception):
 
 
 class RankError(Exception):
-    """An error in a rank's training, with what is needed to tell whether it is the same one as last time."""
+    """An error in a rank's training, with what is needed to compare it with the last one."""
 
     def __init__(self, rank: int, type_name: str, message: str, where: str, tokens: int, text: str) -> None:
         super().__init__(rank, type_name, message, where, tokens, text)
@@ -61,9 +61,9 @@ class RankError(Exception):
 
     @classmethod
     def of(cls, error: BaseException, rank: int, tokens: int) -> "RankError":
-        """Describe `error` as it is caught; the traceback is kept as text, which every process can read.
+        """Describe `error`. The traceback is kept as text, so that every process can unpickle it.
 
-        Errors of our own say what, where and what to do in their message: theirs is left out.
+        It is left out for errors of our own, whose message says what, where and what to do.
         """
         frames = traceback.extract_tb(error.__traceback__)
         where = f"{frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else "?"
@@ -78,7 +78,7 @@ class RankError(Exception):
 
     @property
     def collateral(self) -> bool:
-        """Whether this is what a rank says when another one has gone."""
+        """Whether this error is the consequence of the loss of another rank."""
         own = self.type_name in FATAL | TRANSIENT | DEVICE or self.type_name.endswith(("DataError", "CheckpointError"))
         return not own and bool(_COLLATERAL.search(self.message))
 
@@ -89,20 +89,20 @@ class Failure:
 
     kind: Kind
     text: str
-    """one line for people"""
+    """One line for people."""
     type_name: str = ""
     signature: str = ""
-    """equal for the same error, whatever numbers its message carries"""
+    """Equal for the same error, whatever numbers its message contains."""
     tokens: int | None = None
-    """T that the failing rank had reached; None where nobody can say"""
+    """T that the failing rank had reached; None where it is unknown."""
     traceback: str = ""
     ranks: tuple[int, ...] = ()
-    """that were lost, or whose device is bad: what speaks against their nodes; a program's error speaks against none"""
+    """Ranks that were lost or whose device is bad: a strike against their node. An error of the program is none."""
     bad_device: bool = False
 
     @classmethod
     def of_ranks(cls, failures: dict[int, BaseException], preempted: bool = False) -> "Failure":
-        """One failure out of what each rank reported: the cause before its consequences."""
+        """One failure from the errors of all ranks: the cause is chosen before its consequences."""
         errors = {rank: error for rank, error in sorted(failures.items()) if isinstance(error, RankError)}
         left = any(isinstance(error, NodeLeaving) for error in failures.values())
         silent = {rank: error for rank, error in sorted(failures.items()) if not isinstance(error, RankError)}
@@ -127,7 +127,7 @@ class Failure:
 
 
 def _last_words(gone: BaseException) -> str:
-    """Of Ray's long account the sentences that say what happened to the process or its node."""
+    """The sentences of Ray's long text that say what happened to the process or its node."""
     gone = getattr(gone, "health_check_failure", gone)
     lines = [" ".join(line.split()) for line in str(gone).splitlines() if line.strip()]
     telling = [line for line in lines if _TELLING.search(line)] or lines[-1:]
@@ -135,12 +135,14 @@ def _last_words(gone: BaseException) -> str:
 
 
 class Verdict(NamedTuple):
+    """Whether the group is started again, and why."""
+
     retry: bool
     why: str  # one line
 
 
 class FailureLedger:
-    """All failures of a run so far, as far as this job saw them."""
+    """The failures of a run so far that this job has seen."""
 
     def __init__(self, config: ClusterConfig) -> None:
         self._config = config
@@ -173,13 +175,13 @@ class FailureLedger:
         return Verdict(True, f"failure {count}" + (f" of at most {limit}" if limit >= 0 else ""))
 
     def cause_removed(self) -> None:
-        """What failed again and again is left out from now on: the next failure is the first of its kind."""
+        """The node that failed repeatedly is left out from now on: count the next failure as the first of its kind."""
         self._in_a_row, self._last = 0, None
 
     def _count_same(self, failure: Failure, reached: int | None) -> str | None:
         """Why this is a crash loop; None where it is not one (yet)."""
         named = failure.kind == "error" and failure.type_name not in TRANSIENT
-        # Where an error says how far it came, that is what has to grow: a restart first repeats what was lost.
+        # Where an error carries its T, that T must grow: after a restart the run first repeats what was lost.
         position = failure.tokens if named and failure.tokens is not None else reached
         progress = position is None or position > self._reached
         last = self._last
@@ -195,5 +197,5 @@ class FailureLedger:
 
 
 def summary(failure: Failure) -> dict[str, Any]:
-    """The failure as an event keeps it."""
+    """The fields of the failure that an event row keeps."""
     return {"failure": failure.kind, "text": failure.text[:500], "error_type": failure.type_name}

@@ -1,7 +1,7 @@
-"""Whether a cluster is fit for a run: each check is a plain function of what its nodes said, and knows no Ray.
+"""Whether a cluster is fit for a run: each check is a function of the facts that its nodes reported. No Ray.
 
-`nltrain doctor` collects the facts (facts.py) and prints the findings. A check that a machine cannot undergo says
-"not applicable" instead of passing.
+`nltrain doctor` collects the facts (facts.py) and prints the findings. A check that does not apply to a machine is
+"not applicable" instead of passed.
 """
 
 from collections import Counter
@@ -49,9 +49,9 @@ class NodeFacts:
     python: str = ""
     packages: dict[str, str] = field(default_factory=dict)
     skew_s: float = 0.0
-    """its clock minus the asking one's"""
+    """its clock minus that of the node that asks"""
     skew_error_s: float = 0.0
-    """half of the time that asking took"""
+    """half of the time that the question took"""
     shm_bytes: int = 0
     open_files: int = 0
     """soft limit; -1: none"""
@@ -88,6 +88,7 @@ class GroupFacts:
 
 
 def check_versions(nodes: Sequence[NodeFacts]) -> Finding:
+    """Python and the packages have one version on all nodes; the version of most nodes counts as right."""
     each = {node.name: {"Python": node.python, **node.packages} for node in nodes}
     usual = dict(Counter(tuple(sorted(versions.items())) for versions in each.values()).most_common(1)[0][0])
     wrong = []
@@ -106,6 +107,7 @@ def check_versions(nodes: Sequence[NodeFacts]) -> Finding:
 
 
 def check_driver(nodes: Sequence[NodeFacts]) -> Finding:
+    """Each node's NVIDIA driver runs the CUDA of its torch; different drivers are a warning."""
     gpu = [node for node in nodes if node.num_gpus]
     if not gpu:
         return Finding("driver", "not applicable", "no node gives out GPUs")
@@ -120,6 +122,7 @@ def check_driver(nodes: Sequence[NodeFacts]) -> Finding:
 
 
 def check_clocks(nodes: Sequence[NodeFacts]) -> Finding:
+    """No clock differs from the asking one by more than WARN_SKEW_S, beyond what the measurement can be wrong."""
     worst = max(nodes, key=lambda node: abs(node.skew_s) - node.skew_error_s)
     beyond = max(0.0, abs(worst.skew_s) - worst.skew_error_s)
     text = f"{worst.name} is {worst.skew_s:+.2f} s off (measured to {worst.skew_error_s:.2f} s)"
@@ -132,6 +135,7 @@ def check_clocks(nodes: Sequence[NodeFacts]) -> Finding:
 
 
 def check_shm(nodes: Sequence[NodeFacts]) -> Finding:
+    """/dev/shm holds at least MIN_SHM_BYTES on each node."""
     wrong = [f"{node.name}: {_gib(node.shm_bytes)}" for node in nodes if node.shm_bytes < MIN_SHM_BYTES]
     if wrong:
         return Finding(
@@ -144,6 +148,7 @@ def check_shm(nodes: Sequence[NodeFacts]) -> Finding:
 
 
 def check_limits(nodes: Sequence[NodeFacts]) -> Finding:
+    """Limits of open files, and of locked memory where a node has a fabric, which pins its buffers."""
     remedy = "ulimit -n 65536 before `ray start`, docker run --ulimit nofile=65536:65536 --ulimit memlock=-1:-1"
     pinned = [
         f"{node.name}: {node.locked_memory_bytes} bytes of locked memory"
@@ -160,6 +165,7 @@ def check_limits(nodes: Sequence[NodeFacts]) -> Finding:
 
 
 def check_fabric(nodes: Sequence[NodeFacts]) -> Finding:
+    """Every EFA or InfiniBand card of a node can be used by the run's processes."""
     cards = [node for node in nodes if node.fabric_cards]
     if not cards:
         return Finding("fabric", "not applicable", "no node has an EFA or InfiniBand card")
@@ -179,6 +185,7 @@ def check_fabric(nodes: Sequence[NodeFacts]) -> Finding:
 
 
 def check_devices(nodes: Sequence[NodeFacts], group: GroupFacts) -> Finding:
+    """Every device gave right answers when it was probed (probe.py)."""
     if group.refused:
         wrong = [f"{name}: {why}" for name, why in group.refused.items()]
         return Finding("devices", "error", _some(wrong), "take the node out of service (ray drain-node) and replace it")
@@ -190,6 +197,7 @@ def check_devices(nodes: Sequence[NodeFacts], group: GroupFacts) -> Finding:
 
 
 def check_transport(nodes: Sequence[NodeFacts], group: GroupFacts) -> Finding:
+    """NCCL uses the fabric between nodes where they have one, not TCP sockets."""
     if group.backend != "nccl":
         return Finding("transport", "not applicable", "NCCL needs GPUs")
     if group.error:
@@ -208,6 +216,7 @@ def check_transport(nodes: Sequence[NodeFacts], group: GroupFacts) -> Finding:
 
 
 def check_link(group: GroupFacts) -> Finding:
+    """An all-reduce over all ranks works, and over NCCL is fast enough."""
     if group.error:
         return Finding("link", "error", group.error, "let all nodes reach each other on all ports (security group)")
     if group.world_size < 2:
@@ -224,6 +233,7 @@ def check_link(group: GroupFacts) -> Finding:
 
 
 def check_store(nodes: Sequence[NodeFacts], url: str) -> Finding:
+    """Each node may put, get, list and delete below `url`, and none is much slower than the others."""
     asked = {node.name: node.store for node in nodes if node.store is not None}
     if not asked:
         return Finding("store", "not applicable", "no --store URL was given")
@@ -248,6 +258,7 @@ def check_store(nodes: Sequence[NodeFacts], url: str) -> Finding:
 
 
 def check_wandb(nodes: Sequence[NodeFacts]) -> Finding:
+    """Each node reaches W&B's server and has a key; what is missing is a warning, because a run can do without."""
     silent = [f"{node.name}: {node.wandb_error}" for node in nodes if node.wandb_error]
     if silent:
         return Finding("wandb", "warning", _some(silent), "a way out (NAT gateway), or track.wandb=offline")
@@ -263,7 +274,7 @@ def check_wandb(nodes: Sequence[NodeFacts]) -> Finding:
 
 
 def all_findings(nodes: Sequence[NodeFacts], group: GroupFacts, url: str) -> list[Finding]:
-    """Every check once, in the order in which a fault explains later ones."""
+    """Every check once, in order: a fault that an earlier check finds may explain the later ones."""
     return [
         check_versions(nodes),
         check_driver(nodes),

@@ -1,8 +1,8 @@
 """Puts a run on a Ray cluster: one Ray Train worker per rank, restarted as a group when one is lost.
 
-Ray decides where ranks live; failures.py when to try again; what a resumed run continues from is decided by our own
-committed checkpoints, so Ray uploads nothing and a resubmitted job resumes exactly like a restarted group. A SIGTERM
-to the job (`ray job stop`) lets the ranks save before they end.
+Ray decides where ranks run, failures.py whether to try again. A run resumes from our own committed checkpoints, so Ray
+uploads nothing, and a resubmitted job resumes exactly like a restarted group. On SIGTERM (`ray job stop`) the ranks
+save before they end.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ class LaunchError(UserError, RuntimeError):
 
 
 def main(config: RunConfig, arguments: Sequence[str] | None = None) -> int:
-    """What every job file calls: overrides from the command line, `--dry-run`, then the run. Returns the exit code."""
+    """The main function of every job file: reads overrides, makes a dry run or the run. Returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     dry_run = "--dry-run" in arguments
     if "--help" in arguments or "-h" in arguments:
@@ -83,23 +83,42 @@ def launch(config: RunConfig) -> dict[str, Any]:
     _check_address(address)
     check_run_can_start(config)
     config = _afresh(config)
-    cluster = config.cluster
-    for name, value in _ray_settings(cluster).items():
+    for name, value in _ray_settings(config.cluster).items():
         os.environ.setdefault(name, value)
     import ray
+
+    connect(ray, address)
+    from nltrain.runtime.controller import stop_wait_s
+
+    _warn(ray, config, stop_wait_s())
+    trainer = _trainer(config)
+    # Where the job was not submitted, the user alone decides when to kill it.
+    submitted = bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
+    with _Stop(ray, trainer, stop_wait_s() if submitted else math.inf) as stop:
+        try:
+            result = trainer.fit()
+        except Exception as error:
+            if stop.asked.is_set():
+                print("stopped without a checkpoint of this moment: the run goes on from its newest one", flush=True)
+                return {"left": "stopped", "tokens": 0}
+            reason = _reason(config, trainer, error)
+            _note_end(config, trainer, reason)
+            raise LaunchError(reason) from error
+    return dict(result.return_value)
+
+
+def _trainer(config: RunConfig) -> Any:
+    """The Trainer of the run, for the cluster that this process is connected to."""
     from ray.train import FailureConfig, ScalingConfig
     from ray.train import RunConfig as RayRunConfig
     from ray.train.torch import TorchConfig
 
-    connect(ray, address)
-    from nltrain.runtime.controller import CheckDriver, SaveOnSigterm, Trainer, stop_wait_s
+    from nltrain.runtime.controller import CheckDriver, SaveOnSigterm, Trainer
     from nltrain.runtime.worker import train_on_worker
 
-    _check_size(ray, cluster)
-    submitted = bool(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
-    _warn(ray, config, stop_wait_s())
+    cluster = config.cluster
     gpus = {"GPU": 1} if cluster.device == "cuda" else {}
-    trainer = Trainer(
+    return Trainer(
         train_on_worker,
         train_loop_config=to_dict(config),
         scaling_config=ScalingConfig(
@@ -120,18 +139,6 @@ def launch(config: RunConfig) -> dict[str, Any]:
             callbacks=[SaveOnSigterm(), CheckDriver(cluster.device)],
         ),
     )
-    # Who started the job by hand decides alone when to kill it.
-    with _Stop(ray, trainer, stop_wait_s() if submitted else math.inf) as stop:
-        try:
-            result = trainer.fit()
-        except Exception as error:
-            if stop.asked.is_set():
-                print("stopped without a checkpoint of this moment: the run goes on from its newest one", flush=True)
-                return {"left": "stopped", "tokens": 0}
-            reason = _reason(config, trainer, error)
-            _note_end(config, trainer, reason)
-            raise LaunchError(reason) from error
-    return dict(result.return_value)
 
 
 class _Stop:
@@ -169,7 +176,7 @@ class _Stop:
 
 
 def _warn(ray: Any, config: RunConfig, stop_wait_s: float) -> None:
-    """Say what will not stop the run from starting, and may cost the user a night."""
+    """Print what does not stop the run from starting but may keep it from training or saving."""
     _check_size(ray, config.cluster)
     if warning := check_shared(config, sum(node["Alive"] for node in ray.nodes())):
         print(warning, flush=True)
@@ -182,7 +189,7 @@ def _warn(ray: Any, config: RunConfig, stop_wait_s: float) -> None:
 
 
 def _check_size(ray: Any, cluster: ClusterConfig) -> None:
-    """Say at once what would otherwise be an endless wait; a cluster that can grow may still get there."""
+    """Print that the cluster is too small, which would otherwise be a silent wait; a cluster may still grow."""
     resource, each = ("GPU", 1.0) if cluster.device == "cuda" else ("CPU", cluster.cpus_per_worker)
     there = ray.cluster_resources().get(resource, 0.0)
     needed = each * (cluster.min_workers or cluster.max_workers)
@@ -202,7 +209,7 @@ def _check_address(address: str) -> None:
 
 
 def _afresh(config: RunConfig) -> RunConfig:
-    """resume=never means this submission: a group that restarts within it goes on from what it has saved itself."""
+    """resume=never holds for this submission: a group that restarts within it resumes from its own checkpoints."""
     if config.checkpoint.resume != "never":
         return config
     newest = max(attempts(open_store(config.checkpoint.url), config.name), default=0)
@@ -224,7 +231,7 @@ def connect(ray: Any, address: str) -> None:
 
 
 def _ray_settings(cluster: ClusterConfig) -> dict[str, str]:
-    """Ray Train's own settings; what the environment already says is kept."""
+    """Ray Train's settings, as variables of the environment; a variable that is set already is kept."""
     return {
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": str(cluster.health_check_interval_s),
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(cluster.group_start_timeout_s),
@@ -240,14 +247,14 @@ def _worker_environment(cluster: ClusterConfig) -> dict[str, str]:
 
 
 def _note_end(config: RunConfig, trainer: Any, reason: str) -> None:
-    """Where no controller lived to note it: why the run has failed, for `nltrain status`."""
+    """Note why the run has failed, for `nltrain status`, where no controller has done it."""
     if trainer.verdict is None:
         with contextlib.suppress(StoreError):  # best effort: the reason is also the last line of the log
             put_event(open_store(config.checkpoint.url), config.name, "failure", "job", reason=reason, final=True)
 
 
 def _reason(config: RunConfig, trainer: Any, error: BaseException) -> str:
-    """What the user has to read, last in the job's log; the traceback of the cause goes before it."""
+    """The last line of the job's log: why the run ended and what to do. Prints the traceback of the cause."""
     if trainer.verdict is None:
         text = str(error).strip().splitlines()
         return text[-1] if text else type(error).__name__

@@ -1,7 +1,7 @@
-"""What can be told before a run asks for its workers: where things lie, and that they can be read. One line each.
+"""Checks before a run asks for its workers: its places, its data, its checkpoints. Each error is one line.
 
-Places: a path that a user writes means a place on the user's machine. Where the command runs there, it is made
-absolute; a submitted job runs elsewhere, so there a relative path is refused with what to write instead.
+A path that a user writes means a place on the user's machine. Where the command runs there, the path is made absolute.
+A submitted job runs in another folder, so there a relative path is refused with what to write instead.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def settle_assignments(assignments: Sequence[str]) -> list[str]:
 
 
 def settle_config(config: RunConfig) -> RunConfig:
-    """`config` with every place absolute, those that the job's file names as well. Raises PlaceError, ConfigError."""
+    """`config` with every place absolute, also the places in the job's file. Raises PlaceError, ConfigError."""
     checkpoint, data, track = config.checkpoint, config.data, config.track
     return replace(
         config,
@@ -78,7 +78,7 @@ def describe_places(config: RunConfig) -> str:
 
 
 def check_shared(config: RunConfig, num_nodes: int) -> str:
-    """A warning where several nodes would each have a folder of their own; empty where all is well."""
+    """A warning where several nodes need one shared folder and may not have it; otherwise empty."""
     local = [
         f"{field}={value}"
         for field, values in (("checkpoint.url", (config.checkpoint.url,)), ("data.prefix", config.data.prefixes))
@@ -91,8 +91,9 @@ def check_shared(config: RunConfig, num_nodes: int) -> str:
 
 
 def check_run_can_start(config: RunConfig) -> None:
-    """Data and checkpoints can be reached, and what the run will need is there: better told here, in one line, than by
-    every rank, or after hours. Raises ConfigError, PlaceError, DataError, StoreError or CheckpointError.
+    """Check that data and checkpoints can be reached and hold what the run will need, also hours later.
+
+    Raises ConfigError, PlaceError, DataError, StoreError or CheckpointError.
     """
     check_run(config.name)
     as_uri(join_url(config.checkpoint.url, config.name))  # Ray keeps its own notes there
@@ -119,11 +120,11 @@ def _check_validation(config: RunConfig) -> None:
 
 
 def _check_resume(config: RunConfig) -> None:
-    """The store answers, and the checkpoint that is named by hand is there."""
+    """The store answers, and the checkpoint that checkpoint.resume names exists."""
     by_hand = config.checkpoint.resume
     own = list_checkpoints(open_store(config.checkpoint.url), config.name)
     if by_hand in ("auto", "never") or any(info.complete for info in own):
-        return  # one that was picked by hand is taken once: a run that has saved since goes on from its own
+        return  # checkpoint.resume counts only once: a run that has saved goes on from its own checkpoint
     store, run, tokens = split_resume_url(by_hand)
     if not any(info.complete and tokens in (None, info.tokens) for info in list_checkpoints(store, run)):
         raise CheckpointError(

@@ -1,8 +1,7 @@
-"""Whether a rank's device can be trusted, found out before it trains: seconds at the start instead of a lost night.
+"""Probes a rank's device before it trains: wrong results of matmuls, memory or an all-reduce are an error.
 
-Everything is compared with values that are known exactly: products and sums of small integers, which bf16 and fp32
-hold without rounding. Nothing here knows Ray; the readers of the driver are injected, so that each refusal can be
-tested on a machine without a GPU.
+Results are compared with values that are known exactly: products and sums of small integers, which bf16 and fp32 hold
+without rounding. No Ray; the reader of the driver is a parameter, so that each refusal is tested without a GPU.
 """
 
 import subprocess
@@ -22,7 +21,7 @@ MATMUL_SIZE = {"cpu": 128, "cuda": 4096}
 BF16_INNER = 64  # terms of at most 4 each
 CHECKED_ROWS = 16  # of the fp64 product, against integers on the CPU, which are slow
 MATMUL_REPEATS = {"cpu": 1, "cuda": 8}
-# Left to whatever else lives on the card while its memory is looked at.
+# Left free for other users of the card while its memory is probed.
 MEMORY_RESERVE_BYTES = 2 << 30
 MEMORY_CHUNK_BYTES = 1 << 30
 CPU_MEMORY_BYTES = 4 << 20
@@ -69,7 +68,7 @@ def driver_problem(driver: str, cuda: str | None) -> str:
 
 
 def _integers(size: int, factor: int) -> torch.Tensor:
-    """[size, size], entries -2..2, not symmetric, every row another one."""
+    """[size, size], entries -2..2, not symmetric, all rows different."""
     index = torch.arange(size, dtype=torch.int64)
     return (index[:, None] * factor + index[None, :] * index[None, :] + (index[:, None] >> 3)) % 5 - 2
 
@@ -100,7 +99,7 @@ def probe_compute(device: torch.device, product: Product = torch.matmul) -> None
 
 
 def probe_memory(device: torch.device, readback: Callable[[torch.Tensor], torch.Tensor] = lambda held: held) -> int:
-    """Write two patterns to the free memory and read them again. Returns bytes looked at; raises DeviceRefusedError."""
+    """Write two patterns to the free memory and read them. Returns the bytes probed; raises DeviceRefusedError."""
     free = torch.cuda.mem_get_info(device)[0] - MEMORY_RESERVE_BYTES if device.type == "cuda" else CPU_MEMORY_BYTES
     sizes = [min(MEMORY_CHUNK_BYTES, free - start) for start in range(0, max(0, free), MEMORY_CHUNK_BYTES)]
     held = [torch.empty(size // 8, dtype=torch.int64, device=device) for size in sizes]
@@ -146,7 +145,7 @@ def probe_link(device: torch.device, reduce: Callable[[torch.Tensor], object] = 
 
 
 def probe(device: torch.device, driver: Callable[[], str] = read_driver) -> str:
-    """Everything that one rank finds out alone; returns a line for the log. Raises DeviceRefusedError."""
+    """Probe driver, matmul and memory of one rank; returns a line for the log. Raises DeviceRefusedError."""
     started_s = time.monotonic()
     if device.type == "cuda" and (problem := driver_problem(driver(), torch.version.cuda)):
         raise DeviceRefusedError(problem)

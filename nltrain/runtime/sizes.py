@@ -1,13 +1,13 @@
-"""How many of the workers that could be placed train: no more than make a quantum faster. The others wait as spares."""
+"""How many of the available workers train: no more than make a quantum faster. The others wait as spares."""
 
 from nltrain.config import RunConfig
 from nltrain.levels.quantum import best_group_size
 
 
 class Sizes:
-    """Called with the number of workers that fit on the nodes; returns how many the group shall have.
+    """A function of the number of workers that fit on the nodes; returns how many the group shall have.
 
-    Says its choice, with both speeds, whenever it changes and leaves workers out.
+    Prints its choice, with both speeds, when the choice changes and leaves workers out.
     """
 
     def __init__(self, config: RunConfig) -> None:

@@ -19,13 +19,13 @@ from nltrain.track.events import newest_attempt, read_events
 from nltrain.track.lines import duration
 from nltrain.track.status import EVERY_S, KEY
 
-# A run publishes every few seconds while it trains; one that has been silent for longer is saving, stuck or gone.
+# A run publishes its status every few seconds while it trains. Without one for this long, it is saving, stuck or gone.
 SILENT_AFTER_S = 12 * EVERY_S
 ENDED = ("finished", "stopped")
 
 
 class StatusError(UserError, ValueError):
-    """There is no run to tell of; the message says where one was looked for."""
+    """No run was found; the message says where it was looked for."""
 
 
 def read_status(url: str, now_s: float | None = None) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def read_status(url: str, now_s: float | None = None) -> dict[str, Any]:
         found = json.loads(open_store(url).get(KEY))
     except MissingObjectError:
         found = _before_the_first_snapshot(url)
-    # Clocks of machines differ: one that is ahead of this one has not written in the future.
+    # Clocks differ: a time stamp in the future comes from a clock that is ahead of this one, and means now.
     found["age_s"] = round(max(0.0, now_s - found["time_s"]), 1)
     store = open_store(found["checkpoint_url"])
     if found["state"] not in ENDED and (why := _why_failed(store, found["run"])):
@@ -57,15 +57,15 @@ def read_status(url: str, now_s: float | None = None) -> dict[str, Any]:
 
 
 def _why_failed(store: Any, run: str) -> str:
-    """Why the job gave up; empty where it did not, or where another attempt has begun since."""
+    """Why the job gave up; empty where it did not, or where a later attempt has begun."""
     events = read_events(store, run, newest_attempt(store, run))
     final = [event for event in events if event["kind"] == "failure" and event.get("final")]
-    # An attempt that was overtaken ends so too: then it is the newer one that counts.
+    # An attempt that was overtaken fails as well, but then the newer attempt counts.
     return str(final[-1]["reason"]) if final and final[-1].get("error_type") != "StaleAttemptError" else ""
 
 
 def _before_the_first_snapshot(url: str) -> dict[str, Any]:
-    """What is known of a run at CHECKPOINT_URL/NAME that has written no status: why it failed. Raises StatusError."""
+    """A status for a run at CHECKPOINT_URL/NAME that has events but no status yet. Raises StatusError."""
     parent, run = split_url(url)
     if parent and (events := read_events(open_store(parent), run)):
         levels: dict[str, Any] = {}
@@ -77,7 +77,7 @@ def _before_the_first_snapshot(url: str) -> dict[str, Any]:
 
 
 def describe_status(status: dict[str, Any]) -> str:
-    """The same for people."""
+    """The status as text for people."""
     tokens, total = status["tokens"], status["total_tokens"]
     state = status["state"]
     if state == "failed":

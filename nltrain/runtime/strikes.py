@@ -1,7 +1,7 @@
-"""Which nodes a run no longer uses: strikes per node and per GPU, kept beside its checkpoints. Knows no Ray.
+"""Which nodes a run no longer uses: strikes per node and per GPU, kept beside its checkpoints. No Ray.
 
-A rank whose process dies, whose device gives wrong answers, or that is behind in a hang is a strike against the node
-it was on; preemptions, errors of the program and lost connections are not. After `max_node_strikes` within the failure
+A rank whose process dies, whose device gives wrong answers, or that is behind in a hang is a strike against its node;
+preemptions, errors of the program and lost connections are not. After `max_node_strikes` within the failure
 window the run avoids the node, in this submission and in later ones. Nodes are known by the name they joined with
 (`ray start --node-name`, otherwise their address): a raylet that is started again on the same machine is the same node.
 """
@@ -16,7 +16,7 @@ KIND = "strike"
 
 
 class Place(NamedTuple):
-    """Where a rank is."""
+    """The node and the GPU of a rank."""
 
     node_id: str  # Ray's, new with every raylet
     node: str
@@ -24,12 +24,12 @@ class Place(NamedTuple):
 
 
 class Strike(NamedTuple):
-    """One failure that speaks against a node."""
+    """One failure that counts against a node."""
 
     time_s: float
     node: str
     gpu: str
-    weight: int  # a device that is known to be bad counts as many
+    weight: int  # 1; as many as the limit where the device is known to be bad
     text: str
 
 
@@ -42,18 +42,20 @@ class Strikes:
 
     @classmethod
     def read(cls, limit: int, window_s: float, store: Any, run: str, now_s: float | None = None) -> "Strikes":
-        """Those that earlier submissions noted. Raises StoreError."""
+        """The strikes that earlier submissions have noted. Raises StoreError."""
         now_s = time.time() if now_s is None else now_s
         rows = read_events(store, run, since_s=now_s - window_s, kinds=(KIND,)) if limit else []
         found = [Strike(row["time_s"], row["node"], row["gpu"], row["weight"], row["text"]) for row in rows]
         return cls(limit, window_s, found)
 
     def add(self, place: Place, text: str, bad_device: bool, now_s: float) -> Strike:
+        """Count one failure against the node of `place`; a bad device reaches the limit at once."""
         strike = Strike(now_s, place.node, place.gpu, max(1, self.limit) if bad_device else 1, text)
         self._strikes.append(strike)
         return strike
 
     def count(self, node: str, now_s: float) -> int:
+        """The strikes against `node` within the window, by weight."""
         return sum(each.weight for each in self._live(now_s) if each.node == node)
 
     def out(self, now_s: float) -> dict[str, str]:
@@ -75,6 +77,6 @@ class Strikes:
 
 
 def note_strike(store: Any, run: str, strike: Strike) -> None:
-    """Keep it beside the checkpoints. Raises StoreError."""
+    """Write the strike beside the run's checkpoints. Raises StoreError."""
     values = {"node": strike.node, "gpu": strike.gpu, "weight": strike.weight, "text": strike.text[:300]}
     put_event(store, run, KIND, "controller", **values)

@@ -1,9 +1,9 @@
-"""Watches one rank from a process of its own: a rank without progress is dumped and killed; Ray restarts the group.
+"""Watches one rank from a process of its own: it dumps and kills a rank without progress, and Ray restarts the group.
 
-The rank writes each sign of life into 64 shared bytes; this process counts the time it was itself awake since the last
-one, so that a machine that stood still raises no alarm. It needs nothing of the rank to act: a stopped process and one
-stuck in a collective or in a read look alike. It ends with the rank. Started as a file; only the standard library is
-imported until there is something to report.
+The rank writes each sign of life into 64 shared bytes. The watchdog counts the time since the last one, but only the
+time in which it was itself awake: a machine that stood still raises no alarm. It needs no help from the rank, which may
+be stopped or stuck in a collective or a read. It ends with the rank. It is started as a file and imports only the
+standard library until it has something to report.
 
     python watchdog.py '{"heart_fd": 5, "pid": 123, "rank": 0, ...}'
 """
@@ -24,7 +24,7 @@ from pathlib import Path
 HEART = struct.Struct("<qqd32s")  # beats, tokens, limit in seconds, phase
 COLLECTIVES = struct.Struct("<q")  # behind it: collectives that the rank has joined
 HEART_BYTES = HEART.size + COLLECTIVES.size
-# Between the first word and the kill: ranks that hang together tell so together, before one's death ends the others.
+# Between the note and the kill: all ranks of one hang note it, before the death of one ends the others.
 GRACE_S = 3.0
 WORD_TIMEOUT_S = 5.0
 DUMP_TIMEOUT_S = 20.0
@@ -33,11 +33,11 @@ REPORT_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True)
 class Watch:
-    """What a watchdog is told: as JSON on its command line."""
+    """What a watchdog needs to know; it arrives as JSON on the command line."""
 
     heart_fd: int
     dump_fd: int
-    """where the rank's faulthandler writes on SIGUSR1"""
+    """The file to which the rank's faulthandler writes on SIGUSR1."""
     pid: int
     rank: int
     folder: str
@@ -45,12 +45,13 @@ class Watch:
     run: str
 
     def to_json(self) -> str:
+        """For the command line."""
         return json.dumps(asdict(self))
 
 
 @dataclass(frozen=True)
 class Stuck:
-    """Where a rank stood when its time was over."""
+    """The state of a rank whose time limit has passed."""
 
     silent_s: float
     beats: int
@@ -61,7 +62,7 @@ class Stuck:
 
 
 def watch(config: Watch, poll_s: float = 0.5) -> bool:
-    """Until the rank ends (False) or is found stuck and has been killed (True)."""
+    """Returns when the rank has ended (False), or was stuck and has been killed (True)."""
     heart = mmap.mmap(config.heart_fd, HEART_BYTES)
     last_beats, silent_s, seen_s = -1, 0.0, time.monotonic()
     while os.getppid() == config.pid:
@@ -70,7 +71,7 @@ def watch(config: Watch, poll_s: float = 0.5) -> bool:
         awake_s, seen_s = min(now_s - seen_s, 2 * poll_s), now_s
         beats, tokens, limit_s, phase = HEART.unpack_from(heart)
         if beats < 0:
-            return False  # the rank says that it is done
+            return False  # the rank has closed its supervision
         if beats != last_beats:
             last_beats, silent_s = beats, 0.0
             continue
@@ -79,7 +80,7 @@ def watch(config: Watch, poll_s: float = 0.5) -> bool:
             name = phase.rstrip(b"\0").decode(errors="replace")
             (collectives,) = COLLECTIVES.unpack_from(heart, HEART.size)
             stuck = Stuck(round(silent_s, 1), beats, tokens, name, collectives, process_state(config.pid))
-            tell(config, stuck)
+            note_stuck(config, stuck)
             time.sleep(GRACE_S)
             if os.getppid() == config.pid and HEART.unpack_from(heart)[0] == beats:
                 act(config, stuck)
@@ -88,8 +89,8 @@ def watch(config: Watch, poll_s: float = 0.5) -> bool:
     return False
 
 
-def tell(config: Watch, stuck: Stuck) -> None:
-    """Say beside the run's checkpoints where this rank stands, whatever becomes of it. Best effort, and short."""
+def note_stuck(config: Watch, stuck: Stuck) -> None:
+    """Note beside the run's checkpoints that this rank is stuck, and where. Best effort, with a short timeout."""
     find_modules()
     from nltrain.store import StoreError, open_store
     from nltrain.track.events import put_event
@@ -133,7 +134,7 @@ def find_modules() -> None:
 
 
 def process_state(pid: int) -> str:
-    """The kernel's word for it: "T (stopped)", "D (disk sleep)"; "?" where there is no /proc."""
+    """The state as the kernel names it: "T (stopped)", "D (disk sleep)"; "?" where there is no /proc."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("State:"):
@@ -144,7 +145,7 @@ def process_state(pid: int) -> str:
 
 
 def dump_stacks(config: Watch) -> str:
-    """Python stacks of all threads: py-spy reads them from outside; where it may not, the rank is asked itself."""
+    """Python stacks of all threads, read by py-spy from outside, or else written by the rank's faulthandler."""
     beside = Path(sys.executable).parent / "py-spy"
     py_spy = str(beside) if beside.exists() else shutil.which("py-spy")
     why = "py-spy is not installed"

@@ -1,14 +1,14 @@
-"""One rank of a run in the process that Ray Train made for it: signs of life out, wishes to leave in.
+"""One rank of a run, in the process that Ray Train has made for it.
 
-Wishes come from three sides: a drained node (Ray tells its workers), a SIGTERM to this process, and the controller
-(the user's stop, a resize). The loop asks at each end of a quantum; what it does about it is the loop's business.
+RankSupervision writes signs of life for the watchdog and reads wishes to leave. A wish comes from Ray (a node of the
+group is drained), from a SIGTERM to this process, or from the controller (the user's stop, a resize). The training loop
+reads the wish at each end of a quantum and decides what to do.
 """
 
 import contextlib
 import ctypes
 import faulthandler
 import logging
-import math
 import mmap
 import os
 import signal
@@ -18,13 +18,14 @@ import tempfile
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from nltrain.config import RunConfig, from_dict
 from nltrain.places import as_uri, join_url
 from nltrain.runtime.failures import NodeLeaving, RankError
+from nltrain.runtime.leaving import Asked
 from nltrain.runtime.watchdog import COLLECTIVES, HEART, HEART_BYTES, Watch
 from nltrain.supervision import SLOW_PHASES, Wish
 
@@ -32,40 +33,11 @@ _PR_SET_PTRACER = 0x59616D61
 COUNT_EVERY_S = 0.5
 
 
-class _Told:
-    """What this process has been told; the controller's words may come before the training begins."""
-
-    wish = Wish.GO_ON
-    killed_s = math.inf
-    """on this machine's monotonic clock"""
-    training = threading.Event()
-    left = threading.Event()
-
-
-def ask_to_leave(wish: int, left_s: float = math.inf) -> None:
-    """Called in the rank's process by the controller: in `left_s` the process is killed."""
-    _Told.wish = max(_Told.wish, Wish(wish))
-    _Told.killed_s = min(_Told.killed_s, time.monotonic() + left_s)
-
-
-def wait_until_left(timeout_s: float) -> bool:
-    """Whether this rank has saved and left within `timeout_s`. Called in the rank's process by the controller."""
-    return _Told.left.wait(timeout_s)
-
-
-def on_sigterm(signum: int, frame: FrameType | None) -> None:
-    """A SIGTERM to a rank that trains means that its machine goes: save first. Otherwise it ends the process."""
-    if _Told.training.is_set():
-        ask_to_leave(Wish.PREEMPTED)
-    else:
-        sys.exit(128 + signum)
-
-
 class RankSupervision:
-    """Signs of life of this rank, and the process that watches them."""
+    """Signs of life of this rank, and the process that watches them; a `nltrain.supervision.Supervision`."""
 
-    def __init__(self, config: RunConfig, rank: int, preempted: Any) -> None:
-        """`preempted()`: whether Ray has said that a node of the group is going away."""
+    def __init__(self, config: RunConfig, rank: int, preempted: Callable[[], bool]) -> None:
+        """Start the watchdog of this process. `preempted()`: whether Ray drains a node of the group."""
         self.started_s = time.time()
         self.tokens = 0
         self._preempted = preempted
@@ -98,11 +70,15 @@ class RankSupervision:
         threading.Thread(target=self._count_collectives, name="collectives", daemon=True).start()
 
     def _count_collectives(self) -> None:
-        """Beside the training, which may be stuck in one: ranks that wait have joined it, the one behind has not."""
+        """Count in a thread of its own, because training may be stuck in a collective.
+
+        In a hang, the ranks that wait have joined one collective more than the rank that is behind.
+        """
         while not self._closed.wait(COUNT_EVERY_S):
             COLLECTIVES.pack_into(self._heart, HEART.size, collectives_joined())
 
     def beat(self, phase: str, tokens: int) -> None:
+        """Write a sign of life, with the time limit of `phase`, where the watchdog reads it."""
         self._beats += 1
         self.tokens = tokens
         slow = phase in SLOW_PHASES
@@ -110,13 +86,15 @@ class RankSupervision:
         HEART.pack_into(self._heart, 0, self._beats, tokens, limit_s, phase.encode()[:32])
 
     def wish(self) -> Wish:
-        return max(_Told.wish, Wish.PREEMPTED if self._preempted() else Wish.GO_ON)
+        """The largest wish so far, from Ray, SIGTERM or the controller."""
+        return max(Asked.wish, Wish.PREEMPTED if self._preempted() else Wish.GO_ON)
 
     def left_s(self) -> float:
-        return _Told.killed_s - time.monotonic()
+        """Seconds until this process is killed; infinity where nobody has said so."""
+        return Asked.killed_s - time.monotonic()
 
     def close(self) -> None:
-        """Nobody watches any more."""
+        """End the watchdog: from now on nothing watches this rank."""
         self._closed.set()
         HEART.pack_into(self._heart, 0, -1, self.tokens, 0.0, b"done")
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -124,7 +102,11 @@ class RankSupervision:
 
 
 def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
-    """One rank of the run. Returns {"left", "tokens", "checkpoint"}; left is "finished", or "stopped" by the user."""
+    """Train as one rank of the run whose config has these values; Ray Train calls it in every worker.
+
+    Returns {"left": "finished" or "stopped" (by the user), "tokens": T, "checkpoint": URL}. Raises RankError for what
+    went wrong, and NodeLeaving where the rank has saved because a node goes away.
+    """
     from nltrain.loop import train
     from nltrain.runtime.controller import node_is_leaving, own_rank, register_with_ray
 
@@ -132,7 +114,7 @@ def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
     rank = own_rank()
     _quiet_libraries()
     supervision = RankSupervision(config, rank, node_is_leaving)
-    _Told.training.set()
+    Asked.training.set()
     try:
         if config.cluster.probe_device:
             card = _probe(config)
@@ -145,16 +127,16 @@ def train_on_worker(values: dict[str, Any]) -> dict[str, Any]:
             register_with_ray(as_uri(url), {"tokens": tokens})
     except Exception as error:
         found = RankError.of(error, rank, supervision.tokens)
-        # Ray shows the traceback of one rank only, and late; the job's log gets each one now, where it tells something.
+        # Ray shows the traceback of one rank only, and late. The job's log gets every traceback now, if there is one.
         print(f"rank {rank}: {found}" if found.collateral or not found.text else found.text, flush=True)
         raise found from None
     finally:
-        _Told.training.clear()
+        Asked.training.clear()
         supervision.close()
     if left == "preempted":
         raise NodeLeaving(f"rank {rank} left at {tokens:,} tokens")
     if left == "resized":
-        _Told.left.set()
+        Asked.left.set()
         time.sleep(config.cluster.leave_timeout_s)  # the controller ends this process
         raise RankError(rank, "ResizeError", "the group was not resized after it had saved", "worker.py", 0, "")
     return {"left": left, "tokens": tokens, "checkpoint": url}
@@ -166,7 +148,7 @@ def collectives_joined() -> int:
 
     if not dist.is_initialized():
         return 0
-    # As torch counts them itself, to tell ranks apart that went different ways.
+    # Torch counts them itself, in order to find ranks that called different collectives.
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     return sum(group._get_sequence_number_for_group() for group in groups)
 
@@ -186,16 +168,16 @@ def _probe(config: RunConfig) -> str:
 
 
 def _allow_stacks_to_be_read(pid: int) -> None:
-    """Linux may let only ancestors trace a process (Yama): name the watchdog, a child, as one that may."""
+    """Let the watchdog read this process's stacks: Linux may allow that to ancestors only (Yama), and it is a child."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(pid), 0, 0, 0)
 
 
 def _quiet_libraries() -> None:
-    """Our own log lines to the job's log; DeepSpeed's use of a deprecated torch name is not the user's business."""
+    """Send our own log lines to the job's log, and hide the warning that DeepSpeed uses a deprecated name of torch."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s", stream=sys.stdout, force=True)
     logging.getLogger("nltrain").setLevel(logging.INFO)
-    # The rank has told of its error; Ray would add the traceback of our report of it.
+    # The rank has printed its error; Ray would add the traceback of the RankError that carries it.
     logging.getLogger("ray.train.v2._internal.util").addFilter(
         lambda record: not record.getMessage().startswith("Error in training function")
     )

@@ -25,21 +25,21 @@ def runs(tmp_path_factory):
 
 def one_with_a_kill(here: World) -> dict[str, tuple[int, str]]:
     """A run, and the same with one rank killed half way."""
-    outputs = {"undisturbed": here.submit("undisturbed")}
+    outputs = {"undisturbed": here.run("undisturbed")}
     with kill_one_rank_half_way(here.folder / "killed"):
         # Below a key that is no plain URI, which Ray has to reach as well.
-        outputs["killed"] = here.submit("killed", f"checkpoint.url=s3://{BUCKET}/runs #1?x=50%")
+        outputs["killed"] = here.run("killed", f"checkpoint.url=s3://{BUCKET}/runs #1?x=50%", *QUIET)
     return outputs
 
 
 def one_with_many_jobs(here: World) -> dict[str, tuple[int, str]]:
     """The same run by the README's short form, submitted again when it has finished, then with another config; a bad
     place."""
-    outputs = {"again": here.submit("again", *QUIET, short=True)}
-    outputs["resubmitted"] = here.submit("again", *QUIET)
-    outputs["changed"] = here.submit("again", "levels.levels.slow.lr=0.001", "cluster.max_failures=0", *QUIET)
-    outputs["nowhere"] = here.submit("nowhere", "data.prefix=s3://no-such-bucket/corpus", "cluster.max_failures=0")
-    outputs["relative"] = here.submit("relative", "checkpoint.url=runs/ckpt")
+    outputs = {"again": here.run("again", *QUIET, short=True)}
+    outputs["resubmitted"] = here.run("again", *QUIET)
+    outputs["changed"] = here.run("again", "levels.levels.slow.lr=0.001", "cluster.max_failures=0", *QUIET)
+    outputs["nowhere"] = here.run("nowhere", "data.prefix=s3://no-such-bucket/corpus", "cluster.max_failures=0")
+    outputs["relative"] = here.run("relative", "checkpoint.url=runs/ckpt")
     return outputs
 
 

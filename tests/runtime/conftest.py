@@ -1,11 +1,9 @@
 """One cluster of three raylets for the tests of this room."""
 
-import time
-
 import pytest
 
 from nltrain.local.drill import Drill
-from nltrain.local.processes import owned
+from nltrain.local.processes import wait_gone
 
 
 @pytest.fixture(scope="package")
@@ -14,8 +12,6 @@ def drill(tmp_path_factory):
     with Drill(folder, num_nodes=3) as drill:
         yield drill
         owner_id = drill.owner.id
-    deadline = time.monotonic() + 10 * drill.slowness
-    while (left := owned(owner_id)) and time.monotonic() < deadline:
-        time.sleep(0.2)
+    left = wait_gone(owner_id, 10 * drill.slowness)
     assert not left, f"left behind: {left}"
     assert not drill.owner.short.exists()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from nltrain.local.drill import DIE_ON_BAD_NODE, QUANTUM, Job, planted
+from nltrain.local.drill import DIE_ON_BAD_NODE, QUANTUM, TrainingJob, planted
 from nltrain.runtime.status import describe_status, read_status
 from nltrain.store import open_store
 from nltrain.track.events import read_events
@@ -23,7 +23,7 @@ ENDLESS = 20_000  # quanta
 
 @dataclass
 class Story:
-    job: Job
+    job: TrainingJob
     killed_s: float
     killed_at: int
     recovered: dict
@@ -44,8 +44,9 @@ def story(drill):
         "checkpoint__every_tokens": INTERVAL,
         "checkpoint__may_change": "train.total_tokens,levels.schedule.total_tokens",
         "cluster__hang_timeout_s": 12,
+        "cluster__resize_check_s": 3,
     }
-    job = drill.submit("story", ENDLESS, **often)
+    job = drill.train("story", ENDLESS, **often)
     job.wait_for_attempt(180, workers=3)
     committed = job.wait_until("a checkpoint", lambda: job.rows("checkpoint"), 60)[-1]
     # Half an interval on: what is lost is what was trained since the last commit.
@@ -61,8 +62,8 @@ def story(drill):
     job.wait(120)
     stopped, first_log = read_status(str(job.output)), job.log
 
-    total = stopped["tokens"] // QUANTUM + 200
-    job = drill.submit("story", total, **often)
+    total = stopped["tokens"] // QUANTUM + 100
+    job = drill.train("story", total, **often)
     resumed = job.wait_for_attempt(180, attempt=stopped["attempt"] + 1)
     job.wait_for_tokens(resumed["tokens"] + 4 * QUANTUM, 60)
     job.kill_rank(1, signal.SIGSTOP)
@@ -146,8 +147,8 @@ def test_status_tells_of_it_from_the_folder_and_from_the_store(story):
 
 
 def test_a_deterministic_bug_stops_the_second_time_with_its_traceback(drill, tmp_path):
-    root = planted(tmp_path, "if quantum == 6:\n                raise ValueError('planted at step 7')")
-    job = drill.submit("bug", 40, root=root, cluster__max_workers=2)
+    root = planted(tmp_path, "if quantum == 6:\n    raise ValueError('planted at step 7')")
+    job = drill.train("bug", 40, root=root, cluster__max_workers=2)
     assert job.wait(240) != 0
     # A start while a node was slow to answer may grow before it fails; that is no failure.
     failed = [attempt for attempt in job.rows("attempt") if not attempt["reason"].startswith("resized")]
@@ -167,7 +168,7 @@ def test_a_node_on_which_ranks_die_at_each_start_is_left_out_and_the_run_ends_ri
     nodes = 1 + sum(node.alive for node in drill.nodes)
     root = planted(tmp_path, DIE_ON_BAD_NODE)
     values = {"cluster__max_workers": nodes, "cluster__max_node_strikes": 2}
-    job = drill.submit("bad", 12, root=root, **values)
+    job = drill.train("bad", 12, root=root, **values)
     try:
         assert job.wait(270) == 0, job.log[-3000:]
     finally:

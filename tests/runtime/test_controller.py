@@ -123,7 +123,7 @@ def test_ray_still_has_what_we_override():
                 "make_decision_for_running_worker_group",
             ),
         ),
-        (DataParallelTrainer, ("_initialize_and_run_controller",)),
+        (DataParallelTrainer, ("_initialize_and_run_controller", "_create_default_callbacks")),
     ):
         for name in names:
             assert hasattr(owner, name), name

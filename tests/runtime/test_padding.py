@@ -1,32 +1,20 @@
 """Five sequences of 4,096 tokens on three raylets, of which one is lost: some rank pads at either size, and its padding
 gives NaN. The run goes on with every tick made and everything it saves finite."""
 
-import shutil
-from pathlib import Path
-
 import torch
 from safetensors.torch import load
 
 from nltrain.data import train_tokenizer
 from nltrain.data.prepare import PrepareConfig, prepare, stdlib_corpus
-from nltrain.local.drill import BUCKET, ROOT, VOCAB_SIZE
+from nltrain.local.drill import BUCKET, VOCAB_SIZE, planted
 from nltrain.store import open_store
 from nltrain.track.metrics import effective
 
 SEQ_LEN = 4096
 QUANTUM = 5 * SEQ_LEN  # 3 + 2 on three ranks, 2 + 2 + 1 on two
 QUANTA = 6
-BREAKS = "                if not batch.num_targets:\n                    loss_sum = loss_sum * float('nan')\n"
-
-
-def code_whose_padding_breaks(folder: Path) -> Path:
-    for name in ("nltrain", "kernels", "jobs"):
-        shutil.copytree(ROOT / name, folder / "code" / name, ignore=shutil.ignore_patterns("__pycache__"))
-    path = folder / "code" / "nltrain" / "loop.py"
-    before, forward, after = path.read_text().partition("                run.meter.forward_ended()\n")
-    assert forward
-    path.write_text(before + BREAKS + forward + after)
-    return folder / "code"
+BREAKS = "if not batch.num_targets:\n    loss_sum = loss_sum * float('nan')"
+AFTER_THE_FORWARD_PASS = "run.meter.forward_ended()"
 
 
 def test_a_run_that_loses_a_node_at_4096_tokens_skips_no_tick_though_padding_is_nan(drill, tmp_path):
@@ -48,7 +36,7 @@ def test_a_run_that_loses_a_node_at_4096_tokens_skips_no_tick_though_padding_is_
         "train__validation_sequences": 0,
         "cluster__min_workers": 2,
     }
-    job = drill.submit("long", QUANTA, root=code_whose_padding_breaks(tmp_path), **long)
+    job = drill.train("long", QUANTA, root=planted(tmp_path, BREAKS, AFTER_THE_FORWARD_PASS), **long)
     job.wait_for_attempt(120, workers=3)
     job.wait_until("a checkpoint", lambda: job.rows("checkpoint"), 60)
     next(node for node in reversed(drill.nodes) if node.alive).kill()
