@@ -17,7 +17,7 @@ BOX_WIDTH, BOX_HEIGHT = 248, 96
 GAP_X, GAP_Y, MARGIN = 34, 46, 24
 LANE = 24  # the width kept free where an arrow passes a layer
 SWEEPS = 8
-TEXT_WIDTH = 38  # characters of a small line that fit a box
+TEXT_WIDTH = 34  # characters of a small line that fit a box
 NOT_DRAWN = ("tools", "cluster")  # they import no room and no room imports them
 STYLE = (
     "text{font-family:system-ui,-apple-system,'Segoe UI',Helvetica,Arial,sans-serif;fill:#1b2733}"
