@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := $(CURDIR)/.venv
 RUN := PATH="$(VENV)/bin:$$PATH" DS_ACCELERATOR=cpu
 
-.PHONY: help venv demo test check bench gpu-check clean
+.PHONY: help venv demo test check docs picture bench gpu-check clean
 
 help: ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -21,6 +21,14 @@ check: venv ## lint, format, types
 	@$(RUN) ruff check .
 	@$(RUN) ruff format --check .
 	@$(RUN) mypy
+
+docs: ## the site with the reference, strict, in runs/site; installs the extra `docs` the first time
+	@$(PYTHON) cluster/setup.py --extra docs
+	@$(RUN) PYTHONPATH="$(CURDIR)" NO_MKDOCS_2_WARNING=1 python -m mkdocs build --strict
+	@echo "runs/site/index.html"
+
+picture: ## draw docs/architecture.svg from the imports; needs nothing but Python
+	@$(PYTHON) -m tools.picture
 
 bench: venv ## every benchmark in its quick form
 	@$(RUN) python -m benchmarks --quick

@@ -10,6 +10,7 @@ import argparse
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,51 @@ def fingerprint():
     return hashlib.sha256(text + sys.version.encode() + sys.base_prefix.encode() + ROOT.encode()).hexdigest()
 
 
+def extras():
+    """Names of the optional parts in pyproject.toml. Read line by line: tomllib would fail on an older Python before
+    that is named as the problem."""
+    with open(os.path.join(ROOT, "pyproject.toml")) as file:
+        section = file.read().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    return [line.split("=")[0].strip() for line in section.splitlines() if re.match(r"[a-z]+ = \[", line)]
+
+
+def is_ready(stamp):
+    """Whether what `stamp` stands for was installed with the present pyproject.toml and interpreter."""
+    if not os.path.exists(stamp):
+        return False
+    with open(stamp) as file:
+        return file.read() == fingerprint()
+
+
+def install(venv, parts):
+    """Install this repository with some of its optional parts. Ends the program where pip fails."""
+    pip = [os.path.join(venv, "bin", "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    if subprocess.run([*pip, "--no-compile", "-e", f"{ROOT}[{','.join(parts)}]"]).returncode:
+        sys.exit(
+            "error: pip could not install (output above); check the network or your package index, then run make again"
+        )
+
+
+def make_environment(venv, stamp):
+    """Make the environment anew and leave `stamp` in it when it is complete."""
+    started = time.monotonic()
+    if os.path.exists(venv):
+        print(f"{venv}: unfinished or out of date, made anew", flush=True)
+        shutil.rmtree(venv)
+    print(f"installing into {venv} (about 2 minutes, 3 GB)", flush=True)
+    subprocess.run([getattr(sys, "_base_executable", sys.executable), "-m", "venv", venv], check=True)
+    install(venv, ["dev"])
+    compile_to_bytecode(os.path.join(venv, "bin", "python"))
+    write_stamp(stamp)
+    print(f"ready in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def write_stamp(stamp):
+    """Say that what `stamp` stands for is complete."""
+    with open(stamp, "w") as file:
+        file.write(fingerprint())
+
+
 def compile_to_bytecode(python):
     """What pip does on one core after installing, on all of them. Some packages carry templates that are not Python:
     like pip, pass over them."""
@@ -75,41 +121,34 @@ def compile_to_bytecode(python):
 
 
 def main():
+    """Make the environment where it is missing or out of date, then add the optional part that was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true", help="only say what is missing on this machine")
     parser.add_argument("--venv", default=os.path.join(ROOT, ".venv"), help="folder of the environment")
+    parser.add_argument("--extra", choices=extras(), help="also install this optional part of pyproject.toml")
     options = parser.parse_args()
     stamp = os.path.join(options.venv, ".ready")
-    if not options.check and os.path.exists(stamp):
-        with open(stamp) as file:
-            if file.read() == fingerprint():
-                return
-    problems = missing_on_this_machine(options.venv)
+    if options.check or not is_ready(stamp):
+        check_this_machine(options.venv)
+        if options.check:
+            return
+        make_environment(options.venv, stamp)
+    extra_stamp = f"{stamp}-{options.extra}"
+    if options.extra and not is_ready(extra_stamp):
+        print(f"installing the extra {options.extra!r} into {options.venv}", flush=True)
+        install(options.venv, [options.extra])
+        write_stamp(extra_stamp)
+
+
+def check_this_machine(venv):
+    """Name what is missing on this machine, and end the program where it cannot work without."""
+    problems = missing_on_this_machine(venv)
     if problems:
         for problem in problems:
             print("error: " + problem, file=sys.stderr)
         sys.exit(1)
     for advice in useful_on_this_machine():
         print("note: " + advice + "; needed on a GPU, not by the demo and the tests", file=sys.stderr, flush=True)
-    if options.check:
-        return
-    started = time.monotonic()
-    if os.path.exists(options.venv):
-        print(f"{options.venv}: unfinished or out of date, made anew", flush=True)
-        shutil.rmtree(options.venv)
-    print(f"installing into {options.venv} (about 2 minutes, 3 GB)", flush=True)
-    subprocess.run([getattr(sys, "_base_executable", sys.executable), "-m", "venv", options.venv], check=True)
-    python = os.path.join(options.venv, "bin", "python")
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile"]
-    installed = subprocess.run([*pip, "-e", ROOT + "[dev]"])
-    if installed.returncode:
-        sys.exit(
-            "error: pip could not install (output above); check the network or your package index, then run make again"
-        )
-    compile_to_bytecode(python)
-    with open(stamp, "w") as file:
-        file.write(fingerprint())
-    print(f"ready in {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,6 +55,7 @@ def drain_command(address: str, seconds: float) -> list[str]:
 
 
 def main() -> int:
+    """Watch until a notice comes, then drain this node; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--address", required=True, help="the Ray head, HOST:6379")
     parser.add_argument("--metadata-url", default=METADATA_URL, help="the instance metadata service")

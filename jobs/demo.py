@@ -21,6 +21,7 @@ from nltrain.local.demo import Demo  # noqa: E402
 
 
 def main() -> int:
+    """Run the demo with the options of the command line; returns the exit code."""
     parser = argparse.ArgumentParser(description="Train a small Hope on this machine, with a kill half way.")
     parser.add_argument("--quick", action="store_true", help="the same with less text and fewer tokens: 2 minutes")
     parser.add_argument("--corpus", type=Path, help="folder of text to train on; default: Python's standard library")

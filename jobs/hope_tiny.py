@@ -26,6 +26,7 @@ patterns = model.level_patterns()
 
 
 def level(name: str, period_tokens: int, **options: object) -> LevelConfig:
+    """One level of this job: learning rate and weight decay are those of all its levels."""
     return LevelConfig(name, patterns.get(name, ("rest",)), period_tokens, lr=4e-3, weight_decay=0.1, **options)
 
 

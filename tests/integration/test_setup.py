@@ -70,6 +70,27 @@ def test_a_finished_environment_is_left_alone():
     assert started.returncode == 0, started.stderr
 
 
+def test_an_unknown_extra_is_refused_before_anything_is_installed(tmp_path):
+    done = check(tmp_path / "v", more=("--extra", "typo"))
+    assert done.returncode == 2 and not (tmp_path / "v").exists()
+    assert "dev" in done.stderr and "docs" in done.stderr and "gpu" in done.stderr
+
+
+def test_an_extra_is_installed_once(tmp_path):
+    """Into an environment that is ready, with a pip that only notes its arguments."""
+    venv = tmp_path / "v"
+    (venv / "bin").mkdir(parents=True)
+    program = f"import runpy; print(runpy.run_path({SETUP!r})['fingerprint'](), end='')"
+    (venv / ".ready").write_text(subprocess.check_output([sys.executable, "-c", program], text=True))
+    python = venv / "bin" / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/pip.log\n')
+    python.chmod(0o755)
+    for _ in range(2):
+        assert check(venv, more=("--extra", "docs")).returncode == 0
+    calls = (tmp_path / "pip.log").read_text().splitlines()
+    assert len(calls) == 1 and calls[0].endswith("[docs]")
+
+
 def test_an_activated_environment_is_not_out_of_date():
     program = f"import runpy; print(runpy.run_path({SETUP!r})['fingerprint']())"
     base = Path(sys.base_prefix) / "bin" / f"python{sys.version_info.major}.{sys.version_info.minor}"
