@@ -58,7 +58,7 @@ class LocalStore:
             os.replace(temporary, self._path(key))
 
     def put_if_absent(self, key: str, data: bytes | memoryview) -> bool:
-        """Create the file by a hard link; False where it exists. Raises StoreError where the file system has no links."""
+        """Create the file by a hard link; False where it exists. Raises StoreError without links in the file system."""
         with self._written(key, lambda file: file.write(data)) as temporary:
             try:
                 os.link(temporary, self._path(key))
