@@ -71,8 +71,8 @@ class Run:
         self.device = torch.device(config.cluster.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.plan = open_order(config.data)
-        check_vocabulary(config, self.plan.vocab_size)
+        self.order = open_order(config.data)
+        check_vocabulary(config, self.order.vocab_size)
         self._store = open_store(config.checkpoint.url)
         self.checkpoints = Checkpointer(self._store, config.name, attempt=None, config=config.checkpoint)
         self.attempt = self.checkpoints.attempt
@@ -124,7 +124,7 @@ class Run:
         self._steps.start_at(self.tokens)
         self._announce(loaded)
         samples = samples_of(self.config, self.tokens, self.rank, self.world_size)
-        self._stream = TokenStream(self.config.data, self.plan, samples)
+        self._stream = TokenStream(self.config.data, self.order, samples)
         if loaded and (due := self.due_evaluations()):
             # The attempt before saved at this T first, and may have ended before it evaluated.
             names = [evaluation.name for evaluation in due]
@@ -178,7 +178,7 @@ class Run:
             state = {
                 "config": to_dict(self.config),
                 "dataset_fingerprint": self._fingerprint(),
-                "data": self.plan.state(self.tokens // self.config.data.seq_len),
+                "data": self.order.state(self.tokens // self.config.data.seq_len),
                 "levels": self.levels.state_dict(),
                 "wandb_id": self.record.wandb_id,
                 "attempt": self.attempt,
@@ -235,7 +235,7 @@ class Run:
         self._beat(FINISHING)
         digest, train = weights_sha256(self.levels), self.config.train
         if train.sample_tokens:
-            text = sample_text(self.model, self.plan.datasets[0], train.sample_tokens, train.seed, self.device)
+            text = sample_text(self.model, self.order.datasets[0], train.sample_tokens, train.seed, self.device)
             self.record.row(SampleRow(tokens=self.tokens, text=text))
             self.record.say(f"sample:\n{text}")
         self._log_end("finished", digest)
@@ -259,14 +259,14 @@ class Run:
 
     def _fragments_saved_with(self, state: dict[str, Any]) -> dict[str, Fragment]:
         """The tensors to fill from the checkpoint of `state`, after a look at what has changed since."""
-        self.plan.restore(state["data"], self.config.checkpoint.other_data)
+        self.order.restore(state["data"], self.config.checkpoint.other_data)
         self._changes = data_changes(state, self.config.data, self._fingerprint())
         self._changes += schedule_changes(state, self.config.levels.schedule)
         self.levels.prepare_to_load(state["levels"])
         return self.levels.fragments()
 
     def _fingerprint(self) -> str:
-        return "-".join(dataset.fingerprint for dataset in self.plan.datasets)
+        return "-".join(dataset.fingerprint for dataset in self.order.datasets)
 
     def _restore(self, loaded: Loaded) -> None:
         """Everything that the fragments do not hold: counters, unreduced sums, random states."""
