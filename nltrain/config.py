@@ -17,7 +17,7 @@ from typing import Any
 
 from nltrain.checkpoint.config import CheckpointConfig
 from nltrain.data.config import DataConfig
-from nltrain.errors import ConfigError
+from nltrain.errors import ConfigError, require
 from nltrain.levels.config import LevelsConfig
 from nltrain.model.config import ModelConfig
 from nltrain.runtime.config import ClusterConfig
@@ -75,6 +75,7 @@ class RunConfig:
                 f"output={self.output!r}: must be an absolute folder, since a job's working directory is a copy"
             )
         self.levels.check_sequences(seq_len, self.cluster.max_workers)
+        check_compile(self)
         if self.train.total_tokens < quantum:
             raise ConfigError(
                 f"train.total_tokens={self.train.total_tokens}: less than one quantum of {quantum} tokens; raise it"
@@ -105,6 +106,18 @@ class RunConfig:
     @property
     def num_quanta(self) -> int:
         return self.train.total_tokens // self.quantum_tokens
+
+
+def check_compile(config: RunConfig) -> None:
+    """Refuse compiled blocks over ZeRO-3: torch would leave most of them uncompiled, with no more than a warning."""
+    gathered = [level.name for level in config.levels.levels if level.zero_stage == 3]
+    require(
+        config.model.compile != "blocks" or not gathered,
+        "model.compile",
+        config.model.compile,
+        f"level {', '.join(gathered)} is at zero_stage=3, whose gathering of weights cannot be compiled; choose "
+        "model.compile=steps or none, or zero_stage 1 or 2",
+    )
 
 
 def check_vocabulary(config: RunConfig, vocab_size: int) -> None:
