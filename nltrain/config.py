@@ -87,6 +87,7 @@ class RunConfig:
             "must be an absolute folder, since a job's working directory is a copy",
         )
         self.levels.check_sequences(self.data.seq_len, self.cluster.max_workers)
+        check_compile(self)
         require(total >= quantum, "train.total_tokens", total, f"less than one quantum of {quantum} tokens; raise it")
         require(
             every % quantum == 0,
@@ -134,6 +135,18 @@ class RunConfig:
     def num_quanta(self) -> int:
         """Whole quanta in `train.total_tokens`: where the run ends."""
         return self.train.total_tokens // self.quantum_tokens
+
+
+def check_compile(config: RunConfig) -> None:
+    """Refuse compiled blocks over ZeRO-3: torch would leave most of them uncompiled, with no more than a warning."""
+    gathered = [level.name for level in config.levels.levels if level.zero_stage == 3]
+    require(
+        config.model.compile != "blocks" or not gathered,
+        "model.compile",
+        config.model.compile,
+        f"level {', '.join(gathered)} is at zero_stage=3, whose gathering of weights cannot be compiled; choose "
+        "model.compile=steps or none, or zero_stage 1 or 2",
+    )
 
 
 def check_vocabulary(config: RunConfig, vocab_size: int) -> None:

@@ -79,6 +79,15 @@ def test_every_field_of_a_shipped_config_can_be_overridden_by_its_own_value(job:
     assert override(config, assignments) == config
 
 
+def test_compiled_blocks_and_zero_3_exclude_each_other() -> None:
+    config = config_of("jobs.hope_tiny")
+    blocks = ["model.compile=blocks", *(f"levels.levels.{level.name}.zero_stage=1" for level in config.levels.levels)]
+    assert override(config, blocks).model.compile == "blocks"
+    with pytest.raises(ConfigError, match=r"model\.compile='blocks': level slow is at zero_stage=3"):
+        override(config, [*blocks, "levels.levels.slow.zero_stage=3"])
+    assert override(config, [*blocks[1:], "model.compile=steps", "levels.levels.slow.zero_stage=3"])
+
+
 def test_numbers_tuples_and_names_are_read_as_a_person_writes_them() -> None:
     config = override(
         config_of("jobs.hope_tiny"),
