@@ -9,6 +9,7 @@ path starts at the folder where the command runs; a submitted job, which runs in
 with a comma is written as JSON: input='["/data/a,b"]'.
 """
 
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -97,13 +98,13 @@ def placed(job: PrepareJob) -> PrepareJob:
 def main() -> int:
     """Runs the command; returns its exit status."""
     print_anything()
+    progress = functools.partial(print, flush=True)
     try:
         if len([argument for argument in sys.argv[1:] if argument.startswith("input=")]) > 1:
             raise ConfigError("input=... is given more than once: write input=A,B in one (a shell makes two of {A,B})")
         job = placed(override(PrepareJob(), sys.argv[1:]))
         if not job.input or not job.output:
             raise ConfigError("input=... and output=... are needed:\n" + describe(job))
-        progress = lambda line: print(line, flush=True)  # noqa: E731
         manifest = prepare_files(
             job.input,
             job.output,

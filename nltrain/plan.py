@@ -37,6 +37,7 @@ class LevelBytes:
 
     @property
     def total(self) -> int:
+        """All of them together."""
         return sum(vars(self).values())
 
 

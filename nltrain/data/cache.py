@@ -109,8 +109,8 @@ class ShardCache:
         for path in self.folder.iterdir():
             if path.suffix in (SUFFIX, PARTIAL_SUFFIX):
                 with contextlib.suppress(FileNotFoundError):  # another process removed it as damaged
-                    status = path.stat()
-                    files.append((status.st_mtime, status.st_size, path))
+                    info = path.stat()
+                    files.append((info.st_mtime, info.st_size, path))
         return sorted(files)
 
     def _reserve(self, partial: Path, num_bytes: int, keep: set[str]) -> None:

@@ -25,10 +25,12 @@ class LocalStore:
         self.url = str(self.folder)
 
     def get(self, key: str) -> bytes:
+        """The whole file. Raises MissingObjectError where there is none."""
         with self._reading(key) as file:
             return file.read()
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Exactly the bytes [start, start + length) of the file."""
         with self._reading(key) as file:
             file.seek(start)
             data = file.read(length)
@@ -51,10 +53,12 @@ class LocalStore:
                     )
 
     def put(self, key: str, data: bytes | memoryview) -> None:
+        """Write a temporary file, sync it and rename it over the old one."""
         with self._written(key, lambda file: file.write(data)) as temporary:
             os.replace(temporary, self._path(key))
 
     def put_if_absent(self, key: str, data: bytes | memoryview) -> bool:
+        """Create the file by a hard link; False where it exists. Raises StoreError without links in the file system."""
         with self._written(key, lambda file: file.write(data)) as temporary:
             try:
                 os.link(temporary, self._path(key))
@@ -70,10 +74,12 @@ class LocalStore:
             return True
 
     def put_file(self, key: str, path: str | os.PathLike[str]) -> None:
+        """As `put`, with a copy of a local file."""
         with open(path, "rb") as source, self._written(key, lambda file: shutil.copyfileobj(source, file)) as temporary:
             os.replace(temporary, self._path(key))
 
     def list(self, prefix: str = "") -> "list[StoredObject]":
+        """The files whose keys begin with `prefix`, sorted by key; temporary files are left out."""
         found = []
         # Only the folder that the prefix names is walked, not the whole store.
         top = self.folder / prefix.rpartition("/")[0]
@@ -89,6 +95,7 @@ class LocalStore:
         return sorted(found)
 
     def delete(self, key: str) -> None:
+        """Remove the file, and the folders above it that are empty now."""
         path = self._path(key)
         path.unlink(missing_ok=True)
         for folder in path.parents:
@@ -100,13 +107,16 @@ class LocalStore:
                 break
 
     def delete_many(self, keys: Sequence[str]) -> None:
+        """As `delete`, one after the other."""
         for key in keys:
             self.delete(key)
 
     def exists(self, key: str) -> bool:
+        """Whether the file is there."""
         return self._path(key).is_file()
 
     def size(self, key: str) -> int:
+        """Bytes of the file. Raises MissingObjectError where there is none."""
         with self._reading(key) as file:
             return os.fstat(file.fileno()).st_size
 

@@ -51,6 +51,8 @@ class S3Store:
         self._client: Any = None
 
     def get(self, key: str) -> bytes:
+        """The whole object. Raises MissingObjectError where there is none."""
+
         def read(client: Any, ambiguous: bool) -> bytes:
             answer = client.get_object(Bucket=self.bucket, Key=self._key(key))
             return _body(answer, answer["ContentLength"])
@@ -58,6 +60,7 @@ class S3Store:
         return self._call("get", key, read)
 
     def get_range(self, key: str, start: int, length: int) -> bytes:
+        """Exactly the bytes [start, start + length) of the object."""
         if length == 0:
             return b""
 
@@ -85,6 +88,8 @@ class S3Store:
         self._call("read_into", key, read)
 
     def put(self, key: str, data: bytes | memoryview) -> None:
+        """Create or replace the object: one request, or several parts above MULTIPART_THRESHOLD_BYTES."""
+
         def write(client: Any, ambiguous: bool) -> None:
             if len(data) > MULTIPART_THRESHOLD_BYTES:
                 client.upload_fileobj(_View(data), self.bucket, self._key(key))
@@ -111,9 +116,11 @@ class S3Store:
         return self._call("put_if_absent", key, create)
 
     def put_file(self, key: str, path: str | os.PathLike[str]) -> None:
+        """As `put`, with the content of a local file of any size."""
         self._call("put_file", key, lambda client, _: client.upload_file(os.fspath(path), self.bucket, self._key(key)))
 
     def list(self, prefix: str = "") -> "list[StoredObject]":
+        """The objects whose keys begin with `prefix`, sorted by key; not a snapshot."""
         full = f"{self.prefix}/{prefix}" if self.prefix else prefix
         skip = len(self.prefix) + 1 if self.prefix else 0
 
@@ -129,6 +136,7 @@ class S3Store:
         return self._call("list", prefix, read)
 
     def delete(self, key: str) -> None:
+        """Remove the object; nothing happens where there is none."""
         self._call("delete", key, lambda client, _: client.delete_object(Bucket=self.bucket, Key=self._key(key)))
 
     def delete_many(self, keys: Sequence[str]) -> None:
@@ -144,6 +152,7 @@ class S3Store:
             raise refused_delete(refused[0])
 
     def exists(self, key: str) -> bool:
+        """Whether the object is there."""
         try:
             self.size(key)
         except MissingObjectError:
@@ -151,6 +160,7 @@ class S3Store:
         return True
 
     def size(self, key: str) -> int:
+        """Bytes of the object. Raises MissingObjectError where there is none."""
         answer = self._call("size", key, lambda client, _: client.head_object(Bucket=self.bucket, Key=self._key(key)))
         return answer["ContentLength"]
 

@@ -22,10 +22,12 @@ def refused_delete(entry: dict[str, Any]) -> Exception:
 
 
 def one_line(error: BaseException) -> str:
+    """The error's type and text without line breaks."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def is_transient(error: Exception) -> bool:
+    """Whether another try may succeed."""
     from boto3.exceptions import S3UploadFailedError
     from botocore import exceptions
     from botocore.parsers import ResponseParserError
@@ -51,6 +53,7 @@ def is_transient(error: Exception) -> bool:
 
 
 def explain(url: str, verb: str, error: Exception, region: str) -> StoreError:
+    """A StoreError with the URL, what failed and the remedy, for an error that another try does not cure."""
     from boto3.exceptions import S3UploadFailedError
     from botocore import exceptions
 

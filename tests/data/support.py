@@ -14,7 +14,7 @@ TOKENIZER = train_tokenizer(["a few words, not many, and a few more"], VOCABULAR
 
 
 def make_dataset(url: str, num_sequences: int, seq_len: int = 16, seed: int = 0, **options: Any) -> TokenDataset:
-    """Random documents of 1 to 60 tokens; small members and shards unless told otherwise."""
+    """Random documents of 1 to 60 tokens; small members and shards unless `options` say otherwise."""
     options = {"bytes_per_member": 4 * seq_len * 2, "bytes_per_shard": 4096, "validation_fraction": 0.0} | options
     random = np.random.default_rng(seed)
     left = num_sequences * seq_len + 1

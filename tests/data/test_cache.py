@@ -125,13 +125,12 @@ def test_processes_that_want_the_same_shards_fetch_each_once(
         assert proxy.num_requests - before == 3 * len(dataset.shards)
 
 
-def test_a_cache_smaller_than_the_dataset_still_reads_all_of_it(bucket: str, tmp_path: Path) -> None:
-    dataset = make_dataset(bucket, 800)
+def test_a_cache_smaller_than_the_dataset_still_reads_all_of_it(tmp_path: Path) -> None:
+    url = str(tmp_path / "set")
+    dataset = make_dataset(url, 800)
     limit = 6 * max(shard.num_bytes for shard in dataset.shards)
     assert limit < sum(shard.num_bytes for shard in dataset.shards) / 2
-    config = DataConfig(
-        prefix=bucket, seq_len=16, cache_dir=str(tmp_path / "cache"), cache_bytes=limit, window_shards=3
-    )
+    config = DataConfig(prefix=url, seq_len=16, cache_dir=str(tmp_path / "cache"), cache_bytes=limit, window_shards=3)
     order = open_order(config)
     cache = ShardCache(config.cache_folder, limit)
     seen = []

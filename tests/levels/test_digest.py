@@ -2,10 +2,10 @@
 
 import hashlib
 
+from benchmarks._level_toys import SEQ_LEN, Toy, levels
+from benchmarks._ranks import Ranks
 from nltrain.levels.digest import weights_sha256
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels.ranks import Ranks
-from tests.levels.toys import SEQ_LEN, Toy, levels
 
 
 def digests(ranks: Ranks) -> dict[str, str | None]:

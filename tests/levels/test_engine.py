@@ -2,10 +2,10 @@
 
 import torch
 
+from benchmarks._level_toys import SEQ_LEN, Toy, gathered, levels, train
+from benchmarks._ranks import Ranks
 from nltrain.levels.engine import sum_of_squares
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels.ranks import Ranks
-from tests.levels.toys import SEQ_LEN, Toy, gathered, levels, train
 
 
 def discarded(ranks: Ranks) -> dict:

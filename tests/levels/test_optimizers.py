@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks._level_toys import SEQ_LEN, Toy, batch, gathered, levels, train
+from benchmarks._ranks import Ranks
 from nltrain.levels.config import LevelConfig, LevelsError
 from nltrain.levels.optimizers import FROZEN, OPTIMIZERS, LevelOptimizer, OptimizerSettings, optimizer_of
 from nltrain.levels.scheduler import LevelScheduler
-from tests.levels.ranks import Ranks
-from tests.levels.toys import SEQ_LEN, Toy, batch, gathered, levels, train
 
 LR = 1e-2
 

@@ -10,13 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import nltrain
+from benchmarks._ranks import Ranks
 from nltrain.levels.config import LevelConfig, LevelsConfig
 from nltrain.levels.groups import arrange
 from nltrain.levels.ledger import Ledger
 from nltrain.levels.optimizers import optimizer_of
 from nltrain.levels.plan import plan_levels
 from nltrain.levels.zero import _replaced, init_deepspeed, shard
-from tests.levels.ranks import Ranks
 
 
 def stepped(stage: int, ranks: Ranks) -> dict[str, list[Tensor]]:

@@ -173,8 +173,8 @@ class _Seen:
     @staticmethod
     def identity(path: Path | str) -> tuple[int, int]:
         """(device, inode) of what the path leads to. Raises OSError when there is nothing."""
-        status = os.stat(path)
-        return status.st_dev, status.st_ino
+        info = os.stat(path)
+        return info.st_dev, info.st_ino
 
     def is_own_file(self, identity: tuple[int, int]) -> bool:
         """Whether a local file is the job's own."""
@@ -232,15 +232,15 @@ def _list_one(url: str, seen: _Seen, passed_over: PassedOver) -> Iterator[InputF
 def _list_local(path: Path, seen: _Seen, passed_over: PassedOver) -> Iterator[InputFile]:
     """A file, or the files below a folder: first those that lie there, then those that links lead to."""
     try:
-        status = path.stat()
+        info = path.stat()
     except OSError:
         return  # nothing there: the caller raises
     root, own_name = str(path.parent), path.name
-    if not stat.S_ISDIR(status.st_mode):
-        if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISDIR(info.st_mode):
+        if not stat.S_ISREG(info.st_mode):
             raise DataError(f"prepare.input: {shown(str(path))}: not a regular file or folder: copy it into one")
         seen.files.add(seen.identity(path))
-        yield InputFile(own_name, root, own_name, status.st_size, status.st_mtime)
+        yield InputFile(own_name, root, own_name, info.st_size, info.st_mtime)
         return
     if seen.output == seen.identity(path):
         raise DataError(f"prepare.input: {shown(str(path))}: is the output as well: choose another output")
@@ -296,12 +296,12 @@ def _list_folder(
         elif not entry.is_file():
             passed_over.add(name, "not a regular file")
         else:
-            status = entry.stat()
-            if seen.is_own_file((status.st_dev, status.st_ino)):
+            info = entry.stat()
+            if seen.is_own_file((info.st_dev, info.st_ino)):
                 passed_over.add(name, OWN)
                 continue
-            seen.files.add((status.st_dev, status.st_ino))
-            yield InputFile(name, str(path), key, status.st_size, status.st_mtime)
+            seen.files.add((info.st_dev, info.st_ino))
+            yield InputFile(name, str(path), key, info.st_size, info.st_mtime)
     pending += reversed(folders)
 
 
@@ -309,16 +309,16 @@ def _linked_file(
     path: Path, below: str, identity: tuple[int, int], seen: _Seen, passed_over: PassedOver
 ) -> Iterator[InputFile]:
     name = f"{path.name}/{below}" if path.name else below
-    status = (path / below).stat()
+    info = (path / below).stat()
     if seen.is_own_file(identity):
         passed_over.add(name, OWN)
     elif identity in seen.files:
         passed_over.add(name, "a link to a file that is read already")
-    elif not stat.S_ISREG(status.st_mode):
+    elif not stat.S_ISREG(info.st_mode):
         passed_over.add(name, "not a regular file")
     else:
         seen.files.add(identity)
-        yield InputFile(name, str(path), below, status.st_size, status.st_mtime)
+        yield InputFile(name, str(path), below, info.st_size, info.st_mtime)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -28,12 +28,16 @@ class Bad(NamedTuple):
 
 def shape(stream: BinaryIO, max_record_bytes: int) -> str:
     """What a .json file holds: "lines" of one record each, one "array", or "values", each over several lines."""
+    # An array may be one line of any length, which need not be read to its end. But a compressed stream may give only a
+    # few bytes at once, so that what can be seen ahead is blank.
     head = stream.peek(1).removeprefix(_BOM)  # type: ignore[attr-defined]
     if head.lstrip().startswith(b"["):
         return "array"
     for line in _lines(stream, max_record_bytes):
         if not line.strip():
             continue
+        if line.lstrip().startswith(b"["):
+            return "array"
         if not isinstance(_parse(line), Bad) or not line.lstrip().startswith(b"{"):
             return "lines"
         first = next(_values(stream, line + b"\n", "", max_record_bytes, in_array=False, may_fail=True), None)

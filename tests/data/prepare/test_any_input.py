@@ -78,6 +78,11 @@ def expected(content: bytes) -> tuple[list[str], list[int]]:
     return good, bad
 
 
+def pack(suffix: str, data: bytes, first: int) -> bytes:
+    """The data compressed as two streams, as `cat a.gz b.gz` makes them: the first one of `first` bytes."""
+    return PACK[suffix](data[:first]) + PACK[suffix](data[first:])
+
+
 def run(files: dict[str, bytes]) -> tuple[Any, list[str], list[int]] | str:
     """(report, lines, all tokens of the dataset, sorted), or the error's one line."""
     said: list[str] = []
@@ -118,10 +123,12 @@ def shard_continues(dataset: TokenDataset, shard: int) -> bool:
 
 
 @settings(max_examples=60)
-@given(lines, st.lists(plain_texts, max_size=2), st.sampled_from([*PACK]))
-def test_tokens_out_and_reported_drops_are_what_went_in(content: list[bytes], plain: list[bytes], suffix: str) -> None:
+@given(lines, st.lists(plain_texts, max_size=2), st.sampled_from([*PACK]), st.integers(0, 300))
+def test_tokens_out_and_reported_drops_are_what_went_in(
+    content: list[bytes], plain: list[bytes], suffix: str, first: int
+) -> None:
     data = b"\n".join(content)
-    files = {f"a.jsonl{suffix}": PACK[suffix](data)} | {f"{n}.txt": text for n, text in enumerate(plain)}
+    files = {f"a.jsonl{suffix}": pack(suffix, data, first)} | {f"{n}.txt": text for n, text in enumerate(plain)}
     result = run(files)
     good, bad = expected(data)
     bad_texts = 0
@@ -155,11 +162,12 @@ def test_tokens_out_and_reported_drops_are_what_went_in(content: list[bytes], pl
     | st.lists(records, max_size=5).map(lambda value: json.dumps(value).encode()),
     st.integers(0, 400),
     st.booleans(),
+    st.integers(0, 50),
 )
 def test_any_bytes_under_any_name_are_a_dataset_that_adds_up_or_one_line(
-    kind: str, suffix: str, data: bytes, cut: int, packed: bool
+    kind: str, suffix: str, data: bytes, cut: int, packed: bool, first: int
 ) -> None:
-    content = (PACK[suffix](data) if packed else data)[:cut]
+    content = (pack(suffix, data, first) if packed else data)[:cut]
     result = run({f"a{kind}{suffix}": content, "good.txt": b"a good text"})
     if isinstance(result, str):
         assert f"a{kind}{suffix}" in result and ": " in result
@@ -181,3 +189,23 @@ def test_a_record_at_the_longest_size_is_good_and_one_byte_more_is_bad(kind: str
     assert not isinstance(result, str)
     assert result[0]["documents_in"] == 2
     assert result[0]["dropped_records"] == {"longer than prepare.max_record_bytes": 1}
+
+
+@settings(max_examples=60)
+@given(
+    st.lists(texts.filter(lambda text: good_text(json.dumps({"text": text}).encode()) is not None), min_size=1),
+    st.sampled_from([None, 0, 1]),
+    st.sampled_from(["", " ", "\n\t", "\ufeff", "\ufeff \n"]),
+    st.sampled_from([*PACK]),
+    st.integers(0, 30),
+)
+def test_a_json_array_gives_all_its_texts(
+    good: list[str], indent: int | None, before: str, suffix: str, first: int
+) -> None:
+    data = (before + json.dumps([{"text": text} for text in good], indent=indent)).encode()
+    result = run({f"a.json{suffix}": pack(suffix, data, first)})
+    assert not isinstance(result, str)
+    report, _, tokens = result
+    assert report["documents_in"] == report["records_in"] == len(good)
+    encoded = DocumentEncoder(TOKENIZER).encode(good)
+    assert tokens == sorted(token for document in encoded for token in document.tolist())

@@ -37,6 +37,17 @@ def test_the_names_that_public_corpora_have_are_read(corpus: Path, kind: str, su
     assert run(corpus).report["documents_in"] == len(TEXTS)
 
 
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("first", [b"", b" ", b"\n", b"\xef", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n"], ids=repr)
+def test_an_array_in_several_streams_is_read_wherever_the_first_one_ends(
+    corpus: Path, suffix: str, first: bytes
+) -> None:
+    array = json.dumps([{"text": text} for text in TEXTS]).encode()
+    rest = b"\xbb\xbf" + array if first == b"\xef" else array
+    (corpus / f"a.json{suffix}").write_bytes(PACK[suffix](first) + PACK[suffix](rest))
+    assert run(corpus).report["documents_in"] == len(TEXTS)
+
+
 def test_zstandard_with_a_long_window_and_several_frames_is_read(corpus: Path) -> None:
     parameters = zstandard.ZstdCompressionParameters.from_level(1, window_log=28, write_content_size=False)
     # Without its size in the header a frame asks for the whole window.
