@@ -16,8 +16,12 @@ EXPLAINED = [
     *(f"nltrain/runtime/{name}.py" for name in ("config", "launch", "preflight", "status")),
     *(f"nltrain/local/{name}.py" for name in ("cluster", "demo", "environment", "own_ray")),
     "nltrain/config.py", "nltrain/track/record.py", "nltrain/resume.py", "nltrain/run.py",
+    "nltrain/levels/optimizers.py",
 ]  # fmt: skip
-ALSO = ["nltrain/checkpoint", "nltrain/track", "nltrain/places.py", "nltrain/data", "nltrain/store", "nltrain/local"]
+ALSO = [
+    *(f"nltrain/{room}" for room in ("checkpoint", "track", "data", "store", "local")),
+    "nltrain/places.py", "kernels/dispatch.py", "kernels/compiler.py",
+]  # fmt: skip
 
 
 def text_of(node: ast.AST) -> str:
@@ -32,8 +36,11 @@ def text_of(node: ast.AST) -> str:
 
 
 def required(node: ast.AST) -> str:
-    """The message of a `require(condition, field, value, remedy)`, or of a `need(condition, name, remedy)`, which gives
-    `require` the field that `name` is; empty for anything else."""
+    """The message of a `require(condition, field, value, remedy)`, of a `need(condition, name, remedy)`, which gives
+    `require` the field that `name` is, or of a `yield field, remedy` that `need` gets; empty for anything else."""
+    if isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple):
+        field, remedy = (text_of(part) or VALUE for part in node.value.elts)
+        return f"{VALUE}.{field}={VALUE}: {remedy}"
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         return ""
     if node.func.id not in ("require", "need"):
@@ -73,9 +80,10 @@ RAISED = sorted(
         for tree in parsed(EXPLAINED)
         for node in ast.walk(tree)
     }
-    # The last one is what `need` does with its arguments.
+    # What `need` does with its arguments, and with what an optimizer says of a level's settings.
     - {"", "not reached", *(f"{room}.{VALUE}={VALUE}: {VALUE}" for room in ("levels", "levels.schedule", "model"))}
-    - {f"levels.levels.{VALUE}.{VALUE}={VALUE}: {VALUE}"}
+    - {f"levels.levels.{VALUE}.{VALUE}={VALUE}: {VALUE}", f"{VALUE}.{VALUE}={VALUE}: {VALUE}"}
+    - {f"{VALUE}.offload={VALUE}: {VALUE}"}  # the remedy is a name there; it is documented as it is written
 )
 
 
