@@ -5,9 +5,9 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nltrain.places import shown
 from nltrain.store.base import MissingObjectError, StoredObject, StoreError, check_key
@@ -124,7 +124,7 @@ class LocalStore:
         return self.folder / check_key(self.url, key)
 
     @contextlib.contextmanager
-    def _reading(self, key: str):
+    def _reading(self, key: str) -> Iterator[BinaryIO]:
         path = self._path(key)
         try:
             file = open(path, "rb")  # noqa: SIM115 (closed by the caller's with)
@@ -138,7 +138,7 @@ class LocalStore:
             yield file
 
     @contextlib.contextmanager
-    def _written(self, key: str, write: Callable[[Any], Any]):
+    def _written(self, key: str, write: Callable[[BinaryIO], Any]) -> Iterator[Path]:
         """A complete, synced temporary file beside the target; removed when still there at the end."""
         target = self._path(key)
         temporary = target.parent / f"{TEMPORARY_PREFIX}{uuid.uuid4().hex}"
@@ -163,7 +163,7 @@ class LocalStore:
                 f"{shown(str(target))}: cannot be written: {error.strerror}: check the folder's space and rights"
             ) from error
 
-    def _create(self, path: Path):
+    def _create(self, path: Path) -> BinaryIO:
         for _ in range(20):
             path.parent.mkdir(parents=True, exist_ok=True)
             # A concurrent delete may just have tidied the empty folder away.
