@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -124,7 +125,7 @@ class LocalStore:
         return self.folder / check_key(self.url, key)
 
     @contextlib.contextmanager
-    def _reading(self, key: str) -> Iterator[BinaryIO]:
+    def _reading(self, key: str) -> Iterator[BufferedReader]:
         path = self._path(key)
         try:
             file = open(path, "rb")  # noqa: SIM115 (closed by the caller's with)
