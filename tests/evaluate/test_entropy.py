@@ -1,20 +1,33 @@
-"""The reference entropies against their formulas, by hand."""
+"""Reference entropies of a prepared dataset: pairs of tokens tell more about a text than single ones."""
 
-import math
+from pathlib import Path
 
 import numpy as np
-import pytest
 
-from nltrain.evaluate.entropy import bigram_entropy, unigram_entropy
-
-TRAIN, HELD_OUT = [np.array([0, 1, 0, 1, 2])], [np.array([0, 1, 0])]
-
-
-def test_unigram_is_add_one():
-    assert unigram_entropy(TRAIN, HELD_OUT, 3) == pytest.approx(-(math.log(3 / 8) + math.log(3 / 8)) / 2)
+from nltrain.data import TokenDataset
+from nltrain.data.prepare import PrepareConfig, prepare
+from nltrain.evaluate.entropy import bigram_entropy, reference_entropies, unigram_entropy
+from nltrain.store import open_store
+from tests.data.support import TOKENIZER
 
 
-def test_bigram_interpolates_with_the_unigram():
-    # 0 is followed by 1 twice (one kind); 1 by 0 and 2 (two kinds).
-    p_01, p_10 = (2 + 1 * 3 / 8) / (2 + 1), (1 + 2 * 3 / 8) / (2 + 2)
-    assert bigram_entropy(TRAIN, HELD_OUT, 3) == pytest.approx(-(math.log(p_01) + math.log(p_10)) / 2)
+def test_entropies_are_those_of_the_token_streams(tmp_path: Path) -> None:
+    documents = [(f"name {n}", f"document {n}\n" + "some words in a row, " * (n % 17)) for n in range(90)]
+    prepare(documents, open_store(str(tmp_path)), TOKENIZER, PrepareConfig(seq_len=32, validation_fraction=0.1))
+    train, validation = TokenDataset.open(str(tmp_path)), TokenDataset.open(str(tmp_path), "validation")
+    found = reference_entropies(train, validation)
+    assert 0 < found.bigram_nats < found.unigram_nats < np.log(TOKENIZER.get_vocab_size())
+    streams = list(train.tokens_by_group()), list(validation.tokens_by_group())
+    assert found.unigram_nats == unigram_entropy(*streams, train.vocab_size)
+    assert found.bigram_nats == bigram_entropy(*streams, train.vocab_size)
+
+
+def test_counted_by_hand() -> None:
+    train, validation = [np.array([0, 1, 2, 1, 2])], [np.array([1, 2, 0, 3])]
+    # Add-one: counts 2, 3, 3, 1 of 9. Pairs 01 12 21 12: c(1)=2, d(1)=1; c(2)=1, d(2)=1; c(0)=1, d(0)=1.
+    p = np.array([2, 3, 3, 1]) / 9
+    assert np.isclose(unigram_entropy(train, validation, 4), -np.log(p[[2, 0, 3]]).mean(), rtol=1e-6)
+    expected = [(2 + p[2]) / 3, (0 + p[0]) / 2, (0 + p[3]) / 2]
+    assert np.isclose(bigram_entropy(train, validation, 4), -np.log(expected).mean(), rtol=1e-6)
+    # A token never seen before falls back to the unigram.
+    assert np.isclose(bigram_entropy(train, [np.array([3, 1])], 4), -np.log(p[1]), rtol=1e-6)
