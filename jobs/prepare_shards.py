@@ -24,8 +24,8 @@ from nltrain.data import DataError  # noqa: E402
 from nltrain.data.prepare import PrepareConfig, prepare_files  # noqa: E402
 from nltrain.errors import ConfigError, UserError, require  # noqa: E402
 from nltrain.local.own_ray import own_ray  # noqa: E402
-from nltrain.places import absolute_place, shown  # noqa: E402
 from nltrain.store import StoreError  # noqa: E402
+from nltrain.store.places import absolute_place, shown  # noqa: E402
 from nltrain.terminal import print_anything  # noqa: E402
 
 

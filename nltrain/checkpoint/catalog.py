@@ -26,8 +26,8 @@ from nltrain.checkpoint.manifest import (
     tombstone,
 )
 from nltrain.checkpoint.tree import canonical_json
-from nltrain.places import split_url
 from nltrain.store import Store, StoreError, open_store
+from nltrain.store.places import split_url
 from nltrain.store.probe import check_atomic_create
 
 log = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ from nltrain.checkpoint.plan import DTYPES
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.errors import UserError
 from nltrain.fragment import Fragment
-from nltrain.places import split_url
 from nltrain.store import Store, open_store
+from nltrain.store.places import split_url
 
 INDEX, CONFIG = "model.safetensors.index.json", "config.json"
 # Bytes of one piece in memory while exporting.

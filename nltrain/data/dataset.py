@@ -16,8 +16,8 @@ from nltrain.data.errors import DataError
 from nltrain.data.manifest import TOKENIZER_KEY, read_manifest
 from nltrain.data.shards import MemberView, Sequence, ShardIndex
 from nltrain.data.tokenizer import tokenizer_from_bytes
-from nltrain.places import join_url
 from nltrain.store import Store, open_store
+from nltrain.store.places import join_url
 
 INDEX_TRANSFERS = 3
 INDEXES_HELD = 256

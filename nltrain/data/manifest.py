@@ -13,8 +13,8 @@ import numpy as np
 
 from nltrain.data.errors import DataError
 from nltrain.data.shards import Shard
-from nltrain.places import join_url
 from nltrain.store import MissingObjectError, Store
+from nltrain.store.places import join_url
 
 FORMAT = "nltrain-tokens-1"
 MANIFEST_KEY = "manifest.json"

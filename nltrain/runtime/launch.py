@@ -22,7 +22,6 @@ from nltrain.checkpoint.catalog import attempts
 from nltrain.config import RunConfig, describe, override, to_dict
 from nltrain.errors import UserError
 from nltrain.network import why_unreachable
-from nltrain.places import as_uri, join_url
 from nltrain.runtime.config import STOP_WAIT_S, ClusterConfig
 from nltrain.runtime.preflight import (
     check_run_can_start,
@@ -32,6 +31,7 @@ from nltrain.runtime.preflight import (
     settle_config,
 )
 from nltrain.store import StoreError, open_store
+from nltrain.store.places import as_uri, join_url
 from nltrain.terminal import print_anything
 from nltrain.track.events import put_event
 

@@ -13,8 +13,8 @@ from nltrain.checkpoint.manifest import check_run
 from nltrain.config import RunConfig, check_vocabulary
 from nltrain.data import DataError, open_order
 from nltrain.errors import ConfigError
-from nltrain.places import S3Place, absolute_place, as_uri, join_url, parse_place
 from nltrain.store import open_store
+from nltrain.store.places import absolute_place, as_uri, join_url, parse_place
 from nltrain.store.probe import check_atomic_create
 
 FOLDERS = ("output", "data.cache_dir", "track.wandb_dir")
@@ -63,7 +63,7 @@ def settle(field: str, value: str) -> str:
         return ",".join(absolute_place(field, part.strip()) for part in value.split(",") if part.strip())
     if field == "track.wandb_dir" and value.lower() in ("none", "null"):
         return value
-    if field in FOLDERS and value and isinstance(parse_place(value), S3Place):
+    if field in FOLDERS and value and not isinstance(parse_place(value), str):
         raise ConfigError(f"{field}={value!r}: must be a folder of the machine that writes it, not a URL")
     return absolute_place(field, value)
 
@@ -83,7 +83,7 @@ def check_shared(config: RunConfig, num_nodes: int) -> str:
         f"{field}={value}"
         for field, values in (("checkpoint.url", (config.checkpoint.url,)), ("data.prefix", config.data.prefixes))
         for value in values
-        if not isinstance(parse_place(value), S3Place)
+        if isinstance(parse_place(value), str)
     ]
     if num_nodes < 2 or not local:
         return ""

@@ -13,8 +13,8 @@ from typing import Any
 
 from nltrain.checkpoint.catalog import list_checkpoints
 from nltrain.errors import UserError
-from nltrain.places import split_url
 from nltrain.store import MissingObjectError, open_store
+from nltrain.store.places import split_url
 from nltrain.track.events import newest_attempt, read_events
 from nltrain.track.lines import duration
 from nltrain.track.status import EVERY_S, KEY

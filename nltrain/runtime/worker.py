@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from nltrain.config import RunConfig, from_dict
-from nltrain.places import as_uri, join_url
 from nltrain.runtime.failures import NodeLeaving, RankError
 from nltrain.runtime.leaving import Asked
 from nltrain.runtime.watchdog import COLLECTIVES, HEART, HEART_BYTES, Watch
+from nltrain.store.places import as_uri, join_url
 from nltrain.supervision import SLOW_PHASES, Wish
 
 _PR_SET_PTRACER = 0x59616D61

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from nltrain.errors import UserError
-from nltrain.places import PlaceError, S3Place, parse_place
+from nltrain.store.places import OtherPlace, PlaceError, S3Place, parse_place
 
 NEEDED_STORE = "use AWS S3, a store with conditional writes (MinIO, Ceph and others have them) or a shared folder"
 
@@ -71,7 +71,7 @@ class Store(Protocol):
         """Bytes of the object. Raises MissingObjectError where there is none."""
 
 
-def place_of(url: str) -> S3Place | str:
+def place_of(url: str) -> S3Place | OtherPlace | str:
     """The folder or the bucket and prefix that `url` names. Raises StoreError where it names neither."""
     try:
         return parse_place(url)

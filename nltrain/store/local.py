@@ -10,8 +10,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nltrain.places import shown
 from nltrain.store.base import MissingObjectError, StoredObject, StoreError, check_key
+from nltrain.store.places import shown
 
 TEMPORARY_PREFIX = ".tmp-"
 # What file systems without hard links answer to a link (exFAT, SMB, some FUSE).

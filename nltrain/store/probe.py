@@ -2,9 +2,9 @@
 
 import uuid
 
-from nltrain.places import join_url, shown
 from nltrain.store import Store, StoreError
 from nltrain.store.base import NEEDED_STORE
+from nltrain.store.places import join_url, shown
 
 
 def check_atomic_create(store: Store, folder: str) -> None:

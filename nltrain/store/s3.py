@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from nltrain.places import S3Place, join_url, shown
 from nltrain.store.base import MissingObjectError, StoredObject, StoreError, place_of
+from nltrain.store.places import S3Place, join_url, shown
 from nltrain.store.s3_errors import ShortBodyError, explain, is_transient, one_line, refused_delete
 
 T = TypeVar("T")

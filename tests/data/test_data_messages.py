@@ -15,7 +15,6 @@ SOURCES = [
     *(ROOT / "nltrain" / "data" / "prepare").glob("*.py"),
     *(ROOT / "nltrain" / "store").glob("*.py"),
     ROOT / "nltrain" / "data" / "tokenizer.py",
-    ROOT / "nltrain" / "places.py",
     ROOT / "jobs" / "prepare_shards.py",
 ]
 

@@ -20,7 +20,7 @@ EXPLAINED = [
 ]  # fmt: skip
 ALSO = [
     *(f"nltrain/{room}" for room in ("checkpoint", "track", "data", "store", "local")),
-    "nltrain/places.py", "kernels/dispatch.py", "kernels/compiler.py",
+    "kernels/dispatch.py", "kernels/compiler.py",
 ]  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from nltrain.data import train_tokenizer
 from nltrain.data.prepare import PrepareConfig, prepare
 from nltrain.data.prepare.corpus import Document
 from nltrain.errors import ConfigError
-from nltrain.places import PlaceError
 from nltrain.runtime.preflight import (
     PLACES,
     check_run_can_start,
@@ -22,6 +21,7 @@ from nltrain.runtime.preflight import (
 )
 from nltrain.settings import flatten
 from nltrain.store import open_store
+from nltrain.store.places import PlaceError
 
 TEXTS = [Document(f"{n}", f"line {n} of some text, and more of it " * 20) for n in range(12)]
 

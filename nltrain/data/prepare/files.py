@@ -33,8 +33,8 @@ from nltrain.data.tokenizer import (
     tokenizer_to_bytes,
     train_tokenizer,
 )
-from nltrain.places import S3Place, absolute_place, join_url, parse_place, shown
 from nltrain.store import MissingObjectError, Store, open_store
+from nltrain.store.places import S3Place, absolute_place, join_url, parse_place, shown
 
 RECEIPTS = "groups"
 TRAINING_FILES = 64
@@ -225,13 +225,15 @@ def _tokenizer(
 
 
 def _load(tokenizer: str) -> Tokenizer:
-    place = parse_place(absolute_place("tokenizer", tokenizer))
+    url = absolute_place("tokenizer", tokenizer)
+    place = parse_place(url)
     if isinstance(place, S3Place):
         if not place.prefix:
             raise DataError(f"tokenizer: {shown(tokenizer)}: is a bucket: give the URL of a tokenizer.json")
         return tokenizer_from_bytes(open_store(f"s3://{place.bucket}").get(place.prefix), shown(tokenizer))
-    folder, _, name = place.rpartition("/")
-    return tokenizer_from_bytes(open_store(folder or "/").get(name), shown(place))
+    path = place if isinstance(place, str) else url
+    folder, _, name = path.rpartition("/")
+    return tokenizer_from_bytes(open_store(folder or "/").get(name), shown(path))
 
 
 def _training_texts(

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from nltrain.data.errors import DataError
-from nltrain.places import PlaceError, S3Place, absolute_place, join_url, parse_place, shown
 from nltrain.store import LocalStore, open_store
+from nltrain.store.places import PlaceError, S3Place, absolute_place, join_url, parse_place, shown
 
 COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 TEXT_KINDS, LINE_KINDS = (".txt", ".md"), (".jsonl", ".ndjson", ".json")

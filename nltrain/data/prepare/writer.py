@@ -25,8 +25,8 @@ from nltrain.data.prepare.inputs import EXAMPLES_KEPT, PassedOver, Progress
 from nltrain.data.prepare.sources import Dropped, Piece, pieces
 from nltrain.data.shards import FinishedShard, Shard, ShardPacker
 from nltrain.data.tokenizer import DocumentEncoder, Unencoded, token_dtype, tokenizer_sha256, tokenizer_to_bytes
-from nltrain.places import join_url
 from nltrain.store import Store
+from nltrain.store.places import join_url
 
 TRAIN, VALIDATION = "train", "validation"
 # Characters given to the tokenizer at once, which encodes their documents on threads of its own.

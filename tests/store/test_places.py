@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nltrain.places import PlaceError, S3Place, absolute_place, as_uri, join_url, parse_place, shown, split_url
+from nltrain.store.places import PlaceError, S3Place, absolute_place, as_uri, join_url, parse_place, shown, split_url
 
 
 @pytest.mark.parametrize("key", ["crawl#2", "a?b=c", "a%20b", "a b", "a//b", "/a", "a+b", "[1]", "a\tb", "é", "a;b,c"])

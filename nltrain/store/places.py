@@ -30,7 +30,19 @@ class S3Place(NamedTuple):
     """Without the slash that may end a folder's URL; empty: the bucket itself."""
 
 
-def parse_place(place: str) -> S3Place | str:
+class OtherPlace(NamedTuple):
+    """Where a URL of one of OTHER_SCHEMES points; its store reads the rest."""
+
+    scheme: str
+    rest: str
+    """What follows `scheme:/`."""
+
+
+OTHER_SCHEMES: tuple[str, ...] = ()
+"""Schemes of further stores, in small letters; open.py says which class each one means."""
+
+
+def parse_place(place: str) -> S3Place | OtherPlace | str:
     """The bucket and prefix of an s3:// URL, or the local path of a path or file:// URL (`~` is expanded).
 
     Raises PlaceError for an empty place, another scheme, a missing bucket or a file URL that names a host.
@@ -58,6 +70,8 @@ def parse_place(place: str) -> S3Place | str:
                 raise PlaceError(f"{place}: a file URL has three slashes: file:///{host}/{below}")
             path = "/" + below
         return unquote(path)
+    if scheme in OTHER_SCHEMES:
+        return OtherPlace(scheme, rest)
     raise PlaceError(f"{place}: scheme {scheme!r} is not supported: give s3://bucket/prefix or a folder")
 
 
@@ -80,7 +94,7 @@ def absolute_place(field: str, place: str, submitted: bool | None = None) -> str
         found = parse_place(place)
     except PlaceError as error:
         raise PlaceError(f"{field}: {error}") from None
-    if isinstance(found, S3Place):
+    if not isinstance(found, str):
         return place
     if is_submitted_job() if submitted is None else submitted:
         if place.startswith("~"):
