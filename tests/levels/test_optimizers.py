@@ -78,7 +78,7 @@ def test_a_frozen_level_has_no_optimizer_state():
 
 def test_a_new_optimizer_is_accepted_and_its_settings_are_checked_by_the_registry_alone(sign_sgd):
     assert optimizer_of(level(optimizer="sign_sgd")).state_bytes(level(optimizer="sign_sgd")) == 0
-    with pytest.raises(LevelsError, match="offload = True: sign_sgd keeps no optimizer state: use adamw, or"):
+    with pytest.raises(LevelsError, match="offload=True: sign_sgd keeps no optimizer state: use adamw, or"):
         level(optimizer="sign_sgd", offload=True)
     with pytest.raises(LevelsError, match="choose one of adamw, sgd, sign_sgd"):
         level(optimizer="sign")

@@ -206,7 +206,9 @@ def _list_one(url: str, seen: _Seen, passed_over: PassedOver) -> Iterator[InputF
             raise DataError(f"prepare.input: {shown(url)}: two inputs both have its objects: leave one of them out")
     seen.s3.append(store.url)
     place = parse_place(store.url)
-    assert isinstance(place, S3Place)
+    if not isinstance(place, S3Place):  # a store of another scheme: a folder
+        yield from (InputFile(item.key, store.url, *item) for item in store.list())
+        return
     own_name = place.prefix.rpartition("/")[2]
     found, bucket = store.list(), open_store(f"s3://{place.bucket}")
     if place.prefix and not url.endswith("/") and bucket.exists(place.prefix):
