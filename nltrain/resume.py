@@ -40,7 +40,7 @@ def schedule_changes(state: Mapping[str, Any], schedule: ScheduleConfig) -> list
     if (factors := schedule.change_at(tokens, stored)) is None:
         same = f"the lr factor, {schedule.factor(tokens):.4g} here, goes on as before"
         return [f"levels.schedule at {tokens:,} tokens: {same} (extension={extension})"]
-    end = f", then {kind} to {schedule.min_lr_fraction:g} at {schedule.total_tokens:,} tokens"
+    end = f", then {kind} to {schedule.min_lr_fraction:g} at {schedule.end_tokens:,} tokens"
     line = (
         f"levels.schedule at {tokens:,} tokens: the lr factor was {factors[0]:.4g} and now is {factors[1]:.4g}"
         f"{'' if kind == 'constant' or extension == 'flat' else end} (extension={extension})"
