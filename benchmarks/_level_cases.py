@@ -1,6 +1,7 @@
 """What the tests of levels and benchmarks.levels measure on real ranks: functions (..., Ranks) -> result of rank 0."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -83,17 +84,11 @@ def parity(
     scheduler.close()
     if ranks.rank:
         return {}
-    reference, start = make(), dict(make().named_parameters())
-    train_dense(reference, config, quanta, micro_batch, ranks.world_size)
-    twin_error = 0.0
-    if make is not Toy and optimizer == "adamw":
-        twin = make()
-        half_an_ulp(twin)
-        train_dense(twin, config, quanta, micro_batch, ranks.world_size)
-        twin_error = worst_error(dict(twin.named_parameters()), reference.named_parameters())
-    moved = {name: value.detach() - start[name].detach() for name, value in reference.named_parameters()}
+    start = dict(make().named_parameters())
+    reference, twin_error = dense_reference(make, optimizer, clip, micro_batch, accumulate, ranks.world_size)
+    moved = {name: value - start[name].detach() for name, value in reference.items()}
     return {
-        "error": worst_error(weights, reference.named_parameters()),
+        "error": worst_error(weights, reference.items()),
         "relative_to_change": max(
             ((weights[name] - start[name].detach() - change).norm() / change.norm()).item()
             for name, change in moved.items()
@@ -102,6 +97,24 @@ def parity(
         "ticks": len(ticks),
         **{f"due_{name}": count["due"] for name, count in counts.items()},
     }
+
+
+@cache
+def dense_reference(
+    make: Callable[[], nn.Module], optimizer: str, clip: str, micro_batch: int, accumulate: int, world_size: int
+) -> tuple[dict[str, Tensor], float]:
+    """Weights of dense training, which knows neither stages nor dtypes, and how far a twin half an ulp away ends."""
+    quantum = micro_batch * world_size * SEQ_LEN * accumulate
+    config = levels(quantum, shared={**OPTIMIZERS[optimizer], "clip_norm": CLIPS[clip]})
+    quanta, reference = range(QUANTA // accumulate), make()
+    train_dense(reference, config, quanta, micro_batch, world_size)
+    trained = {name: value.detach() for name, value in reference.named_parameters()}
+    if make is Toy or optimizer != "adamw":
+        return trained, 0.0
+    twin = make()
+    half_an_ulp(twin)
+    train_dense(twin, config, quanta, micro_batch, world_size)
+    return trained, worst_error(dict(twin.named_parameters()), reference.named_parameters())
 
 
 def count(mode: str, dtype: str, reduce_dtype: str, accumulate: int, ranks: Ranks) -> dict[str, Any]:

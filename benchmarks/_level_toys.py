@@ -1,6 +1,6 @@
 """A small model with four levels and awkward sizes, its data, and the dense reference every engine must equal."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, Protocol
@@ -237,6 +237,6 @@ def gathered(scheduler: LevelScheduler) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in scheduler.weights()}
 
 
-def worst_error(weights: dict[str, Tensor], reference: Iterator[tuple[str, Tensor]]) -> float:
+def worst_error(weights: dict[str, Tensor], reference: Iterable[tuple[str, Tensor]]) -> float:
     """The largest `relative_error` of any tensor."""
     return max(relative_error(weights[name], value.detach()) for name, value in reference)
