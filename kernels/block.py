@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.layout import RowMask
+from kernels.blocking import RowMask
 from kernels.ops import activate, activation_pair, l2norm, products, soft_bound, solve_systems, unit_and_length
 from kernels.rule import GATES, MemoryRule
 from kernels.state import Initial, Weights

@@ -2,7 +2,7 @@
 
 This file cuts the sequence into blocks and runs the steps one after another; `block` holds the mathematics of one step.
 State, decays and the triangular inverse are at least fp32. README.md beside this file has the derivation.
-B sequences, T tokens, H heads, d head width; N = B x H; S slots: the tokens, or their places in the padded layout.
+B sequences, T tokens, H heads, d head width; N = B x H; S slots: the tokens, or their places in the padded order.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from kernels.block import BlockStep
-from kernels.layout import Layout, build_layout
+from kernels.blocking import Blocking, build_blocking
 from kernels.ops import l2norm
 from kernels.rule import MemoryRule
 from kernels.state import Initial, Inputs, MemoryState, Weights, fresh_state
@@ -37,23 +37,23 @@ def self_modify(
     state: MemoryState | None = None,
     document_starts: Tensor | None = None,
     *,
-    layout: Layout | None = None,
+    blocking: Blocking | None = None,
     recompute: bool = False,
     compile_backend: str | None = None,
     truncate_blocks: int | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Outputs o [B, T, H, d] and the state after the last token, as `naive.self_modify`.
 
-    document_starts: [B, T] bool, None for none. layout: the result of `build_layout` for these arguments, so that
+    document_starts: [B, T] bool, None for none. blocking: the result of `build_blocking` for these arguments, so that
     several layers can share it. recompute: keep only every sqrt(blocks)-th state for the backward pass.
     compile_backend: run each block through torch.compile with this back end. truncate_blocks: detach the state every so
     many blocks. The outputs have the dtype of the inputs, the state has at least fp32.
     """
     num_sequences, num_tokens, num_heads, _ = inputs.k.shape
     dtype = torch.promote_types(inputs.k.dtype, torch.float32)
-    if layout is None:
+    if blocking is None:
         position = state.position if state is not None else torch.zeros(num_sequences, dtype=torch.long)
-        layout = build_layout(rule, num_tokens, position.to(inputs.k.device), document_starts)
+        blocking = build_blocking(rule, num_tokens, position.to(inputs.k.device), document_starts)
     step = BlockStep(rule, initial, num_sequences, dtype)
     fresh = fresh_state(initial, rule, num_sequences)
     begin = _fold(fresh.run, dtype)
@@ -61,24 +61,24 @@ def self_modify(
     if state is not None:
         moving = _fold(state.velocity, dtype) if state.velocity is not None else None
         running = (_fold(state.start, dtype), _fold(state.run, dtype), moving)
-    x = _by_slot(inputs, rule, layout, dtype)
+    x = _by_slot(inputs, rule, blocking, dtype)
 
     if rule.writes:
-        valid = None if layout.valid is None else layout.valid.to(dtype).repeat_interleave(num_heads, 0)
+        valid = None if blocking.valid is None else blocking.valid.to(dtype).repeat_interleave(num_heads, 0)
         call = _compiled_call(compile_backend) if compile_backend else BlockStep.__call__
-        loop = _BlockLoop(step, layout, begin, _split(x, layout), valid, call, truncate_blocks)
+        loop = _BlockLoop(step, blocking, begin, _split(x, blocking), valid, call, truncate_blocks)
         o, running = loop.run_all(running, recompute)
     else:
         o = step.read_only(running[0], x["q"])
 
     o = o.unflatten(0, (num_sequences, num_heads)).transpose(1, 2)
-    if layout.slot is not None:
-        o = o.gather(1, layout.slot[..., None, None].expand(-1, -1, *o.shape[2:]))
+    if blocking.slot is not None:
+        o = o.gather(1, blocking.slot[..., None, None].expand(-1, -1, *o.shape[2:]))
     start, run, velocity = (
         None if w is None else w.map(lambda t: t.unflatten(0, (num_sequences, num_heads))) for w in running
     )
     assert start is not None and run is not None
-    return o.to(inputs.k.dtype), MemoryState(start, run, velocity, layout.position)
+    return o.to(inputs.k.dtype), MemoryState(start, run, velocity, blocking.position)
 
 
 def _fold(weights: Weights, dtype: torch.dtype) -> Weights:
@@ -86,13 +86,13 @@ def _fold(weights: Weights, dtype: torch.dtype) -> Weights:
     return weights.map(lambda w: w.to(dtype).flatten(0, 1))
 
 
-def _by_slot(inputs: Inputs, rule: MemoryRule, layout: Layout, dtype: torch.dtype) -> dict[str, Tensor]:
+def _by_slot(inputs: Inputs, rule: MemoryRule, blocking: Blocking, dtype: torch.dtype) -> dict[str, Tensor]:
     """The inputs that the rule reads, [N, S, d], and with momentum "beta_logit" [N, S]."""
 
     def arrange(x: Tensor) -> Tensor:
         """[B, T, H, ...] to [N, S, ...]."""
-        if layout.source is not None:
-            index = layout.source.view(*layout.source.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+        if blocking.source is not None:
+            index = blocking.source.view(*blocking.source.shape, *(1,) * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
             x = x.gather(1, index)
         return x.transpose(1, 2).flatten(0, 1).to(dtype)
 
@@ -106,9 +106,9 @@ def _by_slot(inputs: Inputs, rule: MemoryRule, layout: Layout, dtype: torch.dtyp
     return x
 
 
-def _split(x: dict[str, Tensor], layout: Layout) -> dict[str, tuple[Tensor, ...]]:
+def _split(x: dict[str, Tensor], blocking: Blocking) -> dict[str, tuple[Tensor, ...]]:
     """Each input cut into blocks. It is split at once, so that its backward is one concatenation."""
-    lengths = [block.end - block.begin for block in layout.blocks]
+    lengths = [block.end - block.begin for block in blocking.blocks]
     return {name: value.split(lengths, 1) for name, value in x.items()}
 
 
@@ -117,7 +117,7 @@ class _BlockLoop:
     """The steps of one call, in order, with what they share."""
 
     step: BlockStep
-    layout: Layout
+    blocking: Blocking
     begin: Weights  # [N, ...] the state at the start of a document
     pieces: dict[str, tuple[Tensor, ...]]  # by input, one [N, c, d] per block
     valid: Tensor | None  # [N, S] 1 where a slot holds a token; None: every slot does
@@ -126,7 +126,7 @@ class _BlockLoop:
 
     def run_all(self, running: Running, recompute: bool) -> tuple[Tensor, Running]:
         """Outputs [N, S, d] and the state after the last block; with `recompute` by groups that are run again."""
-        num_blocks = len(self.layout.blocks)
+        num_blocks = len(self.blocking.blocks)
         group = isqrt(num_blocks - 1) + 1 if recompute and torch.is_grad_enabled() else num_blocks
         outputs = []
         for first in range(0, num_blocks, group):
@@ -143,7 +143,7 @@ class _BlockLoop:
         self, start: Weights, run: Weights, velocity: Any, first: int, last: int
     ) -> tuple[Tensor, Weights, Weights, Any]:
         """Blocks `first` to `last` - 1: their outputs, and the state after them."""
-        step, blocks, outputs = self.step, self.layout.blocks, []
+        step, blocks, outputs = self.step, self.blocking.blocks, []
         for i in range(first, last):
             block = blocks[i]
             if self.truncate_blocks is not None and i and i % self.truncate_blocks == 0:
@@ -157,7 +157,7 @@ class _BlockLoop:
             out, run, velocity = self.call(step, start, run, velocity, own, own_valid)
             outputs.append(out)
             # Take the next block's snapshot here, so that a group boundary carries one set of weights.
-            after, end = (blocks[i + 1] if i + 1 < len(blocks) else None), self.layout
+            after, end = (blocks[i + 1] if i + 1 < len(blocks) else None), self.blocking
             begins = (after.begins_mem, after.begins_other) if after else (end.ends_mem, end.ends_other)
             start = step.snapshot(start, run, *begins)
         return torch.cat(outputs, 1), start, run, velocity

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import chunk, compiler, naive
-from kernels.layout import Layout
+from kernels.blocking import Blocking
 from kernels.rule import MemoryRule
 from kernels.state import Initial, Inputs, MemoryState
 
@@ -45,11 +45,11 @@ class SelfModify(Protocol):
         rule: MemoryRule,
         state: MemoryState | None,
         document_starts: Tensor | None,
-        layout: Layout | None,
+        blocking: Blocking | None,
     ) -> tuple[Tensor, MemoryState]:
         """Outputs [B, T, H, d] in the dtype of the inputs, and the state after the last token in at least fp32.
 
-        document_starts: [B, T] bool, None for none. layout: the result of `build_layout` for these arguments, or None.
+        document_starts: [B, T] bool, None for none. blocking: what `build_blocking` gives for these, or None.
         """
 
 
@@ -64,9 +64,9 @@ class Implementation(NamedTuple):
 
 def _run_chunk(
     inputs: Inputs, initial: Initial, rule: MemoryRule, state: MemoryState | None, document_starts: Tensor | None,
-    layout: Layout | None, *, options: Options,
+    blocking: Blocking | None, *, options: Options,
 ) -> tuple[Tensor, MemoryState]:  # fmt: skip
-    return chunk.self_modify(inputs, initial, rule, state, document_starts, layout=layout, **options._asdict())
+    return chunk.self_modify(inputs, initial, rule, state, document_starts, blocking=blocking, **options._asdict())
 
 
 def _refuse_chunk(rule: MemoryRule, options: Options, device_type: str | None) -> str | None:
@@ -77,7 +77,7 @@ def _refuse_chunk(rule: MemoryRule, options: Options, device_type: str | None) -
 
 def _run_naive(
     inputs: Inputs, initial: Initial, rule: MemoryRule, state: MemoryState | None, document_starts: Tensor | None,
-    layout: Layout | None, *, options: Options,
+    blocking: Blocking | None, *, options: Options,
 ) -> tuple[Tensor, MemoryState]:  # fmt: skip
     """The token loop in at least fp32, as all implementations."""
     dtype = torch.promote_types(inputs.k.dtype, torch.float32)

@@ -12,8 +12,8 @@ import torch
 from nltrain.config import RunConfig
 from nltrain.levels.clock import TokenClock, staggered_phases
 from nltrain.levels.optimizers import optimizer_of
-from nltrain.levels.plan import LevelPart, plan_levels
 from nltrain.levels.quantum import best_group_size, cut_quantum
+from nltrain.levels.split import LevelPart, split_levels
 from nltrain.model import build
 
 FP32_BYTES = 4
@@ -61,7 +61,7 @@ def dry_run(config: RunConfig) -> str:
     """The plan of the run as text. Raises what building the run would raise."""
     with torch.device("meta"):
         model = build(config.model)
-    parts = plan_levels(model, config.levels.resolved())
+    parts = split_levels(model, config.levels.resolved())
     world_size = config.cluster.max_workers
     dtype_bytes = 2 if config.levels.dtype == "bf16" else FP32_BYTES
     total = sum(part.num_parameters for part in parts)

@@ -1,6 +1,6 @@
 """Checkpoints: sharded, committed or absent, loadable at any world size, free of pickles. See docs/checkpoints.md.
 
-checkpointer.py   save, wait, resume, load: what the loop calls     plan.py       who writes which elements
+checkpointer.py   save, wait, resume, load: what the loop calls     shares.py     who writes which elements
 writer.py         what the thread of a save does                    files.py      files staged in host memory
 catalog.py        listing, attempts, commit, retention              transfer.py   to and from the store, hashed
 fence.py          looks for a newer attempt while training          manifest.py   names and the manifest

@@ -22,7 +22,7 @@ from nltrain.checkpoint.errors import CheckpointError, CorruptCheckpointError, M
 from nltrain.checkpoint.files import Part, Staging, layout_of, pack, whole
 from nltrain.checkpoint.load import Loaded, load, together
 from nltrain.checkpoint.manifest import check_run, checkpoint_name
-from nltrain.checkpoint.plan import Piece, assign, table
+from nltrain.checkpoint.shares import Piece, assign, table
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.checkpoint.tree import canonical_json, dump, sha256_of, split
 from nltrain.checkpoint.writer import SaveJob, SaveResult, SaveWriter
@@ -32,14 +32,14 @@ from nltrain.store import Store
 
 log = logging.getLogger(__name__)
 
-_MAX_PLANS = 8
+_MAX_SHARES = 8
 Weights = Mapping[str, tuple[str, Sequence[int]]]
 Fragments = Mapping[str, Fragment]
 # Which fragments exist can depend on the moment of the save (an open window): then the stored state decides.
 FragmentsOf = Callable[[Any], Fragments]
 
 
-class _Plan(NamedTuple):
+class _Shares(NamedTuple):
     """Who writes what, for one set of tables: this rank's files and the layout of all."""
 
     parts: list[Part]
@@ -72,7 +72,7 @@ class Checkpointer:
         self._lineage: list[dict[str, Any]] = []
         self._refused: set[str] = set()
         self._writer = SaveWriter(store, self.run, self.attempt, config, writing_ranks, self._refused)
-        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._shares: dict[tuple[int, ...], _Shares] = {}
         self._staging: Staging | None = None
         self._last_save_s = time.monotonic()
 
@@ -91,7 +91,7 @@ class Checkpointer:
         return False
 
     def prepare(self, fragments: Fragments, weights: Weights | None = None) -> None:
-        """Plan who writes what and take the staging memory now; otherwise the first save does."""
+        """Decide who writes what and take the staging memory now; otherwise the first save does."""
         self._writer.join()
         rows = self._ranks.gather_ints([_digest([table(fragments), weights])])
         self._lay_out(tuple(row[0] for row in rows), fragments, weights or {})
@@ -99,9 +99,9 @@ class Checkpointer:
     def _lay_out(self, key: tuple[int, ...], fragments: Fragments, weights: Weights) -> tuple[Staging, bytes]:
         """(memory for this rank's share, the stored form of the layout of all ranks' shares).
 
-        key: which tables all ranks hold. Collective where the plan for these tables is not known yet.
+        key: which tables all ranks hold. Collective where the shares of these tables are not known yet.
         """
-        if key not in self._plans:
+        if key not in self._shares:
             tables = [[Piece(*row) for row in rows] for rows in self._ranks.gather(table(fragments))]
             names = {name for name, _ in weights.values()}
             parts = [self._parts(rank, pieces, names) for rank, pieces in enumerate(assign(tables))]
@@ -109,16 +109,16 @@ class Checkpointer:
             if missing := sorted(names - layout.keys()):
                 raise MismatchError(f"weights name the fragment {missing[0]}, which no rank holds")
             named = {parameter: [name, list(shape)] for parameter, (name, shape) in weights.items()}
-            # Open windows come and go: a few plans recur.
-            if len(self._plans) >= _MAX_PLANS:
-                self._plans.pop(next(iter(self._plans)))
-            self._plans[key] = _Plan(parts[self._ranks.rank], dump({"tensors": layout, "weights": named}))
-        plan = self._plans[key]
+            # Open windows come and go: a few sets of shares recur.
+            if len(self._shares) >= _MAX_SHARES:
+                self._shares.pop(next(iter(self._shares)))
+            self._shares[key] = _Shares(parts[self._ranks.rank], dump({"tensors": layout, "weights": named}))
+        shares = self._shares[key]
         if self._staging is None:
             self._staging = Staging(pin=any(fragment.tensor.is_cuda for fragment in fragments.values()))
-        if self._staging.parts != tuple(plan.parts):
-            self._staging.lay_out(plan.parts)
-        return self._staging, plan.layout
+        if self._staging.parts != tuple(shares.parts):
+            self._staging.lay_out(shares.parts)
+        return self._staging, shares.layout
 
     def save(
         self,

@@ -7,7 +7,7 @@ class CheckpointError(UserError):
     """Base of everything this package raises; the message names the checkpoint, the value and the remedy."""
 
 
-class PlanError(CheckpointError):
+class ShareError(CheckpointError):
     """The ranks' fragments do not make up whole tensors: overlaps disagree, or elements are held by nobody."""
 
 

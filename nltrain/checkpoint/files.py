@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nltrain.checkpoint.plan import DTYPES, Piece, itemsize
+from nltrain.checkpoint.shares import DTYPES, Piece, itemsize
 from nltrain.fragment import Fragment
 
 _ALIGNMENT = 8
@@ -106,7 +106,7 @@ class Staging:
             position += _padded(part.num_bytes)
 
     def fill(self, fragments: Mapping[str, Fragment]) -> None:
-        """Copy the planned pieces out of the fragments; the values are taken when this returns."""
+        """Copy the pieces out of the fragments; the values are taken when this returns."""
         devices = set()
         for part, buffer in zip(self.parts, self._buffers, strict=True):
             for piece, offset in part.pieces:

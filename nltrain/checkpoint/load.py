@@ -85,7 +85,7 @@ def load(
     plain: Any = None
     own: dict = {}
     if same:
-        plain, own, own_targets = together(ranks, lambda: stored.plan_rank_state(ranks.rank))
+        plain, own, own_targets = together(ranks, lambda: stored.open_rank_state(ranks.rank))
         targets = targets | own_targets
     reads = set(targets)
     if hashed:

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 from nltrain.checkpoint.errors import CheckpointError, CorruptCheckpointError
-from nltrain.checkpoint.plan import DTYPES, itemsize
+from nltrain.checkpoint.shares import DTYPES, itemsize
 from nltrain.checkpoint.tree import sha256_of
 
 FORMAT = 1

@@ -16,7 +16,7 @@ from nltrain.checkpoint.catalog import check_sizes, read_manifest
 from nltrain.checkpoint.errors import CorruptCheckpointError, MismatchError
 from nltrain.checkpoint.files import whole
 from nltrain.checkpoint.manifest import LAYOUT, STATE, FileEntry, StoredTensor, key_of, parse_json, parse_layout
-from nltrain.checkpoint.plan import DTYPES
+from nltrain.checkpoint.shares import DTYPES
 from nltrain.checkpoint.transfer import Target, read_files, targets_of
 from nltrain.checkpoint.tree import join
 from nltrain.fragment import Fragment
@@ -70,11 +70,11 @@ class StoredCheckpoint:
 
     def rank_state(self, rank: int, hashed: bool = True) -> Any:
         """The own state of one of the ranks that saved."""
-        plain, tensors, targets = self.plan_rank_state(rank)
+        plain, tensors, targets = self.open_rank_state(rank)
         self.read(targets, list(targets), hashed)
         return self.join_rank_state(plain, tensors)
 
-    def plan_rank_state(self, rank: int) -> tuple[Any, dict[str, Tensor], dict[str, list[Target]]]:
+    def open_rank_state(self, rank: int) -> tuple[Any, dict[str, Tensor], dict[str, list[Target]]]:
         """(JSON, empty tensors to fill, what to read into them) of a rank's own state, for one `read` with others."""
         if not 0 <= rank < self.manifest.world_size:
             raise MismatchError(f"{self.run}/{self.name} was saved by {self.manifest.world_size} ranks: no rank {rank}")
@@ -84,7 +84,7 @@ class StoredCheckpoint:
         return own.get("state"), tensors, targets_of(layout, {name: (tensor, 0) for name, tensor in tensors.items()})
 
     def join_rank_state(self, plain: Any, tensors: Mapping[str, Tensor]) -> Any:
-        """The own state that `plan_rank_state` began, once its tensors are filled. Raises CorruptCheckpointError."""
+        """The own state that `open_rank_state` began, once its tensors are filled. Raises CorruptCheckpointError."""
         try:
             return join(plain, tensors)
         except (KeyError, RuntimeError, TypeError) as error:
@@ -126,7 +126,7 @@ class StoredCheckpoint:
             self.read({}, self.files, hashed=True)
         _ = self.weights, self.state
         for rank in range(self.manifest.world_size):
-            self.plan_rank_state(rank)
+            self.open_rank_state(rank)
 
     def read_weight(self, parameter: str, hashed: bool = False) -> Tensor:
         """One whole parameter, in the dtype it was saved in."""

@@ -22,7 +22,7 @@ from torch import Tensor
 from nltrain.checkpoint.catalog import CheckpointInfo, list_checkpoints
 from nltrain.checkpoint.errors import CheckpointError, MismatchError
 from nltrain.checkpoint.manifest import parse_name
-from nltrain.checkpoint.plan import DTYPES
+from nltrain.checkpoint.shares import DTYPES
 from nltrain.checkpoint.stored import StoredCheckpoint
 from nltrain.errors import UserError
 from nltrain.fragment import Fragment

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nltrain.checkpoint.errors import CorruptCheckpointError
 from nltrain.checkpoint.manifest import FileEntry, StoredTensor
-from nltrain.checkpoint.plan import DTYPES
+from nltrain.checkpoint.shares import DTYPES
 from nltrain.store import Store
 
 # A multiple of every element size, so that no element is cut. As large as a file usually is: a server may read all of

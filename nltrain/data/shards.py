@@ -84,7 +84,7 @@ class ShardPacker:
         self._open_shard()
 
     def add(self, tokens: np.ndarray, starts_document: bool = True) -> list[FinishedShard]:
-        """Appends one document, or the next piece of the last one; returns the shards that became full."""
+        """Appends one document, or the next passage of the last one; returns the shards that became full."""
         if len(tokens) == 0:
             return []
         if starts_document:

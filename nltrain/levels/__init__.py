@@ -7,7 +7,7 @@ load deepspeed.
     clock.py       TokenClock, staggered phases
     quantum.py     cut_quantum: sequences -> micro-steps x ranks
     recipes.py     what else must change with the quantum
-    plan.py        LevelPart: every parameter in exactly one level
+    split.py       LevelPart: every parameter in exactly one level
     optimizers.py  what config, engine and plan know about each optimizer
     groups.py      which parameters are flattened together, in which order
     layout.py      how a flattened parameter lies in ZeRO's shards

@@ -23,7 +23,7 @@ EXTENSIONS = ("follow", "rewarm", "flat", "refuse")
 
 
 LevelsError = ConfigError
-"""The name by which this room raises ConfigError for a plan of levels that cannot be honoured."""
+"""The name by which this room raises ConfigError for a split into levels that cannot be honoured."""
 
 
 @dataclass(frozen=True)

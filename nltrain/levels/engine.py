@@ -23,7 +23,7 @@ from nltrain.levels.layout import joined, read_parameter
 from nltrain.levels.ledger import CONTROL, STATE, Ledger
 from nltrain.levels.offload import HostMemory
 from nltrain.levels.optimizers import optimizer_of
-from nltrain.levels.plan import LevelPart
+from nltrain.levels.split import LevelPart
 from nltrain.levels.window import ReductionOrder, open_window
 from nltrain.levels.zero import shard
 
@@ -62,7 +62,7 @@ class LevelEngine:
         self.masters, self.layouts = self._zero.masters, self._zero.layouts
         decayed = [{i for i, name in enumerate(group.names) if name not in part.spared} for group in self.groups]
         self._decayed = [
-            joined(layout.pieces(self.rank), wanted) for layout, wanted in zip(self.layouts, decayed, strict=True)
+            joined(layout.spans(self.rank), wanted) for layout, wanted in zip(self.layouts, decayed, strict=True)
         ]
         self._write_masters(originals)
         del originals
@@ -219,7 +219,7 @@ class LevelEngine:
         """
         for group, layout, master in zip(self.groups, self.layouts, self.masters, strict=True):
             master.data.zero_()
-            for index, offset, start, length in layout.pieces(self.rank):
+            for index, offset, start, length in layout.spans(self.rank):
                 source = originals[group.names[index]].view(-1).narrow(0, start, length)
                 master.data.narrow(0, offset, length).copy_(source)
 

@@ -42,7 +42,7 @@ class Group:
 
     def fragments(self, kind: str, layout: Layout, rank: int, shard: Tensor) -> Iterator[tuple[str, Fragment]]:
         """("NAME.kind", slice) for what `shard` [layout.shard_numel] of `rank` holds of each parameter; views."""
-        for index, offset, start, length in layout.pieces(rank):
+        for index, offset, start, length in layout.spans(rank):
             total = self.shapes[index].numel()
             yield f"{self.names[index]}.{kind}", Fragment(shard.narrow(0, offset, length), start, total)
 

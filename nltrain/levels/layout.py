@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 
-class Piece(NamedTuple):
+class Span(NamedTuple):
     """shard[offset : offset + length] of one rank is elements [start, start + length) of one parameter of the group."""
 
     parameter: int
@@ -36,8 +36,8 @@ class Layout(Protocol):
         """Views of the flattened parameter `index` that fit its slots one by one."""
         ...
 
-    def pieces(self, rank: int) -> list[Piece]:
-        """The parts of parameters in the shard of `rank`, in order of their offsets; padding belongs to no piece."""
+    def spans(self, rank: int) -> list[Span]:
+        """The parts of parameters in the shard of `rank`, in order of their offsets; padding belongs to no span."""
         ...
 
 
@@ -56,14 +56,14 @@ class FlatLayout:
         """The parameter itself."""
         return [flat]
 
-    def pieces(self, rank: int) -> list[Piece]:
+    def spans(self, rank: int) -> list[Span]:
         """The parameters that overlap the shard of `rank`, the first and the last one possibly cut."""
         low, high = rank * self.shard_numel, (rank + 1) * self.shard_numel
         found = []
         for index, (offset, numel) in enumerate(zip(self.offsets, self.numels, strict=True)):
             first, last = max(offset, low), min(offset + numel, high)
             if first < last:
-                found.append(Piece(index, first - low, first - offset, last - first))
+                found.append(Span(index, first - low, first - offset, last - first))
         return found
 
 
@@ -96,26 +96,26 @@ class RowLayout:
             found.append(flat[full * chunk :])
         return found
 
-    def pieces(self, rank: int) -> list[Piece]:
+    def spans(self, rank: int) -> list[Span]:
         """One chunk of every parameter that reaches as far as `rank`."""
         found = []
         for index, (numel, chunk, offset) in enumerate(zip(self.numels, self.chunks, self.offsets, strict=True)):
             start = rank * chunk
             if start < numel:
-                found.append(Piece(index, offset, start, min(chunk, numel - start)))
+                found.append(Span(index, offset, start, min(chunk, numel - start)))
         return found
 
 
-def joined(pieces: Sequence[Piece], wanted: Container[int]) -> list[tuple[int, int]]:
+def joined(spans: Sequence[Span], wanted: Container[int]) -> list[tuple[int, int]]:
     """(offset, length) of the slices of a shard that hold only parameters in `wanted`; adjacent ones are merged."""
     found: list[tuple[int, int]] = []
-    for piece in pieces:
-        if piece.parameter not in wanted:
+    for span in spans:
+        if span.parameter not in wanted:
             continue
-        if found and sum(found[-1]) == piece.offset:
-            found[-1] = (found[-1][0], found[-1][1] + piece.length)
+        if found and sum(found[-1]) == span.offset:
+            found[-1] = (found[-1][0], found[-1][1] + span.length)
         else:
-            found.append((piece.offset, piece.length))
+            found.append((span.offset, span.length))
     return found
 
 

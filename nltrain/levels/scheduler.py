@@ -27,7 +27,7 @@ from nltrain.levels.config import LevelsConfig, LevelsError
 from nltrain.levels.engine import LevelEngine
 from nltrain.levels.guard import LossGuard, MicroStep
 from nltrain.levels.ledger import STATE, Ledger
-from nltrain.levels.plan import plan_levels
+from nltrain.levels.split import split_levels
 from nltrain.levels.window import ReductionOrder
 from nltrain.levels.zero import init_deepspeed
 
@@ -85,7 +85,7 @@ class LevelScheduler:
         levels = config.resolved()
         self.tokens = 0
         self.ledger = Ledger()
-        parts = plan_levels(model, levels)
+        parts = split_levels(model, levels)
         self._broadcast(parts)
         phases = staggered_phases(
             [level.period_tokens for level in levels], [level.phase_tokens for level in levels], config.quantum

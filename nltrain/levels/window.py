@@ -23,7 +23,7 @@ from nltrain.levels.config import LevelsConfig
 from nltrain.levels.groups import Group
 from nltrain.levels.layout import Layout, add_parameter, read_parameter
 from nltrain.levels.ledger import FOLD, GRADIENTS, Ledger
-from nltrain.levels.plan import LevelPart
+from nltrain.levels.split import LevelPart
 
 MAX_REDUCTIONS_IN_FLIGHT = 2  # bounds the memory of pending buffers while they overlap with backward
 

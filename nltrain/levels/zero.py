@@ -23,7 +23,7 @@ from nltrain.levels.config import LevelsConfig, LevelsError
 from nltrain.levels.groups import Group
 from nltrain.levels.layout import FlatLayout, Layout, RowLayout
 from nltrain.levels.ledger import CONTROL, STATE, WEIGHTS, Ledger
-from nltrain.levels.plan import LevelPart
+from nltrain.levels.split import LevelPart
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when deepspeed is imported

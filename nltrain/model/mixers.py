@@ -94,7 +94,7 @@ class MemoryMixer(nn.Module):
             self.rule,
             state.memory if state else None,
             packing.starts,
-            packing.layout(self.rule),
+            packing.blocking(self.rule),
         )
         return self.out(self.norm(o) * F.silu(self.gate(u))), MemoryMixerState(history, memory)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import MemoryRule
-from kernels.layout import Layout, build_layout, token_positions
+from kernels.blocking import Blocking, build_blocking, token_positions
 
 
 class Packing:
@@ -30,7 +30,7 @@ class Packing:
             starts = None
         self.starts = starts
         self._positions: Tensor | None = None
-        self._layouts: dict[tuple[int, int], Layout] = {}
+        self._blockings: dict[tuple[int, int], Blocking] = {}
 
     @property
     def positions(self) -> Tensor:
@@ -54,12 +54,12 @@ class Packing:
         taps = torch.arange(1, num_taps + 1, device=self.positions.device)
         return (self.positions.unsqueeze(-1) >= taps).to(dtype)
 
-    def layout(self, rule: MemoryRule) -> Layout:
+    def blocking(self, rule: MemoryRule) -> Blocking:
         """The blocks of the chunk loop."""
         key = (rule.chunk_mem, rule.chunk_other)
-        if key not in self._layouts:
-            self._layouts[key] = build_layout(rule, self.num_tokens, self.first_position, self.starts)
-        return self._layouts[key]
+        if key not in self._blockings:
+            self._blockings[key] = build_blocking(rule, self.num_tokens, self.first_position, self.starts)
+        return self._blockings[key]
 
     def attention_mask(self, num_past: int) -> Tensor | None:
         """[B, 1, T, num_past + T] bool, True for the keys that a token sees; None for plain causal attention."""

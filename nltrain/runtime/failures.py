@@ -22,7 +22,7 @@ FATAL = {
     "ConfigChangedError",
     "MismatchError",
     "LevelsError",
-    "PlanError",
+    "ShareError",
     "StaleAttemptError",
 }
 # Outages of services: they end by themselves, and their text is the same each time.

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from safetensors.torch import load as load_safetensors
 
 from nltrain.checkpoint.files import Staging, layout_of, pack
-from nltrain.checkpoint.plan import DTYPES, Piece, itemsize
+from nltrain.checkpoint.shares import DTYPES, Piece, itemsize
 from nltrain.fragment import Fragment
 
 

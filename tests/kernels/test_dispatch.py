@@ -5,8 +5,8 @@ import torch
 
 from benchmarks._memory_cases import DEVICE, leaves, make_case, relative, with_leaves
 from kernels import MemoryRule, chunk, compiler, dispatch
+from kernels.blocking import build_blocking
 from kernels.dispatch import AUTOMATIC, IMPLEMENTATIONS, KERNELS, KernelError, Options, choose, chosen, refusal
-from kernels.layout import build_layout
 
 RULE = MemoryRule(chunk_mem=8, chunk_other=8)
 DEVICE_TYPE = torch.device(DEVICE).type
@@ -23,11 +23,11 @@ def test_auto_takes_the_first_that_can_run() -> None:
 def test_every_implementation_takes_the_same_arguments_and_agrees(rule: MemoryRule, documents: float) -> None:
     case = make_case(rule, 21, 2, documents=documents)
     first = torch.zeros(2, dtype=torch.long, device=DEVICE)
-    layout = build_layout(rule, 21, first, case.document_starts)
+    blocking = build_blocking(rule, 21, first, case.document_starts)
     found = {}
     for name in IMPLEMENTATIONS:
         call = choose(name, rule, Options(), DEVICE_TYPE)
-        found[name] = call(case.inputs, case.initial, rule, None, case.document_starts, layout)
+        found[name] = call(case.inputs, case.initial, rule, None, case.document_starts, blocking)
     want, want_state = chunk.self_modify(case.inputs, case.initial, rule, None, case.document_starts)
     for name, (output, state) in found.items():
         assert relative(output, want) <= 1e-12, name

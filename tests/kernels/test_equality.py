@@ -13,7 +13,7 @@ import torch
 
 from benchmarks._memory_cases import DEVICE, Case, errors, evaluate, leaves, make_case, relative, with_leaves
 from kernels import MemoryRule, chunk, naive
-from kernels.layout import build_layout
+from kernels.blocking import build_blocking
 
 FORWARD, BACKWARD = 1e-12, 1e-10
 
@@ -184,14 +184,14 @@ def test_recomputed_chunks_give_the_same_gradients() -> None:
 
 
 def test_rows_cut_alike_and_rows_cut_apart_agree() -> None:
-    """The padded layout and plain slices are two ways to the same numbers."""
+    """The padded order and plain slices are two ways to the same numbers."""
     rule = MemoryRule(chunk_mem=8, chunk_other=8)
     case = make_case(rule, 40, 2)
     starts = torch.zeros(2, 40, dtype=torch.bool, device=DEVICE)
     starts[0, 13] = True
-    assert build_layout(rule, 40, torch.zeros(2, dtype=torch.long), starts).source is not None
+    assert build_blocking(rule, 40, torch.zeros(2, dtype=torch.long), starts).source is not None
     apart = evaluate(chunk, case._replace(document_starts=starts)).output
-    assert build_layout(rule, 40, torch.zeros(2, dtype=torch.long), None).source is None
+    assert build_blocking(rule, 40, torch.zeros(2, dtype=torch.long), None).source is None
     alone = evaluate(chunk, case).output
     assert relative(apart[1], alone[1]) <= FORWARD and relative(apart[0], alone[0]) > 1e-3
 

@@ -12,8 +12,8 @@ from benchmarks._level_toys import SEQ_LEN, VOCAB, gathered, train, train_dense,
 from benchmarks._ranks import Ranks
 from nltrain.levels.config import NO_DECAY, LevelConfig, LevelsConfig, LevelsError
 from nltrain.levels.layout import FlatLayout, RowLayout, joined
-from nltrain.levels.plan import plan_levels
 from nltrain.levels.scheduler import LevelScheduler
+from nltrain.levels.split import split_levels
 
 WIDTH, SEQUENCES, LR, DECAY = 13, 6, 1e-2, 0.5
 
@@ -160,15 +160,15 @@ def test_what_must_not_decay_is_the_same_to_the_bit_with_decay_and_without(case,
 def test_slices_cover_exactly_the_wanted_elements_of_every_shard(layout):
     total = 0
     for rank in range(3):
-        covered = [offset + i for offset, length in joined(layout.pieces(rank), {0, 2, 3}) for i in range(length)]
-        wanted = [p.offset + i for p in layout.pieces(rank) if p.parameter != 1 for i in range(p.length)]
+        covered = [offset + i for offset, length in joined(layout.spans(rank), {0, 2, 3}) for i in range(length)]
+        wanted = [p.offset + i for p in layout.spans(rank) if p.parameter != 1 for i in range(p.length)]
         assert covered == wanted
         total += len(covered)
     assert total == 5 + 7 + 3
 
 
 def test_the_plan_tells_what_decays_and_which_pattern_spares_the_rest():
-    base, slow = plan_levels(Model(), config(1, DECAY, ("slow.up.*", "vectors")).levels)
+    base, slow = split_levels(Model(), config(1, DECAY, ("slow.up.*", "vectors")).levels)
     sizes = {name: p.numel() for name, p in Model().named_parameters()}
     decayed = sizes["embedding.weight"] + sizes["quick.up.weight"] + sizes["head.weight"]
     assert base.num_decayed == decayed
@@ -176,18 +176,18 @@ def test_the_plan_tells_what_decays_and_which_pattern_spares_the_rest():
     assert text.startswith(f"decay 0.5 on {decayed:,} of {base.num_parameters:,} parameters; not on vectors (")
     assert f"*conv.* ({sizes['quick.conv.weight']:,})" in text and "*memories.*" in text and "slow" not in text
     assert f"slow.up.* ({sizes['slow.up.weight'] + WIDTH:,})" in slow.describe_decay()
-    assert plan_levels(Model(), config(1, 0.0).levels)[0].describe_decay() == "no decay"
+    assert split_levels(Model(), config(1, 0.0).levels)[0].describe_decay() == "no decay"
 
 
 def test_a_pattern_of_no_decay_must_match_a_parameter_of_the_model_but_not_of_its_level():
-    plan_levels(Model(), config(1, DECAY, ("embedding.*",)).levels)
-    plan_levels(nn.Sequential(nn.Linear(2, 2, bias=False)), (LevelConfig("base", ("rest",), 64, weight_decay=0.1),))
+    split_levels(Model(), config(1, DECAY, ("embedding.*",)).levels)
+    split_levels(nn.Sequential(nn.Linear(2, 2, bias=False)), (LevelConfig("base", ("rest",), 64, weight_decay=0.1),))
     with pytest.raises(LevelsError, match=r"'slow': no_decay pattern 'embeding\.\*' matches no trainable parameter"):
-        plan_levels(Model(), config(1, DECAY, ("embeding.*",)).levels)
+        split_levels(Model(), config(1, DECAY, ("embeding.*",)).levels)
 
 
 def test_a_tied_weight_is_spared_by_any_of_its_names():
     model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False)})
     model["head"].weight = model["embed"].weight
-    (part,) = plan_levels(model, (LevelConfig("base", ("rest",), 64, weight_decay=0.1, no_decay="head.*"),))
+    (part,) = split_levels(model, (LevelConfig("base", ("rest",), 64, weight_decay=0.1, no_decay="head.*"),))
     assert part.num_decayed == 0 and dict(part.spared) == {"embed.weight": "head.*"}

@@ -43,7 +43,7 @@ def test_the_fragments_of_all_ranks_are_every_element_once(world_size, rows):
             assert fragment.total == seen[name].numel()
             seen[name][fragment.start : fragment.start + fragment.tensor.numel()] += fragment.tensor
             fragment.tensor.zero_()  # a view: loading fills it in place
-        assert shard.sum() == layout.shard_numel - sum(p.length for p in layout.pieces(rank))
+        assert shard.sum() == layout.shard_numel - sum(p.length for p in layout.spans(rank))
     assert all(bool((count == 1).all()) for count in seen.values())
 
 

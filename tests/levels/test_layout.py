@@ -1,4 +1,4 @@
-"""Every element lies in exactly one place of the buffer, and pieces describe the shards correctly."""
+"""Every element lies in exactly one place of the buffer, and spans describe the shards correctly."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def flat(numels: list[int], world_size: int) -> Layout:
 
 @pytest.mark.parametrize("make", [flat, RowLayout])
 @given(sizes, st.integers(1, 5))
-def test_reading_returns_what_was_added_and_pieces_cover_it_once(make, numels, world_size):
+def test_reading_returns_what_was_added_and_spans_cover_it_once(make, numels, world_size):
     layout = make(numels, world_size)
     buffer = torch.zeros(world_size * layout.shard_numel)
     values, first = [], 1
@@ -29,7 +29,7 @@ def test_reading_returns_what_was_added_and_pieces_cover_it_once(make, numels, w
     assert int((buffer != 0).sum()) == sum(numels)  # nothing overlaps, padding stays zero
     shards, found = buffer.view(world_size, layout.shard_numel), [torch.zeros(n) for n in numels]
     for rank in range(world_size):
-        for which, offset, start, length in layout.pieces(rank):
+        for which, offset, start, length in layout.spans(rank):
             found[which][start : start + length] += shards[rank, offset : offset + length]
     assert all(torch.equal(a, b) for a, b in zip(found, values, strict=True))
 

@@ -58,9 +58,9 @@ def permuted(layout: type, ranks: Ranks) -> float:
             keys = [(r, name, group, index, numel) for r in range(ranks.world_size)]
             expected = float(sum(value[key] for key in keys if key not in left_out))
             window = windows[name]
-            for piece in window.layouts[group].pieces(ranks.rank):
-                if piece.parameter == index:
-                    found = window.shards[group].narrow(0, piece.offset, piece.length)
+            for span in window.layouts[group].spans(ranks.rank):
+                if span.parameter == index:
+                    found = window.shards[group].narrow(0, span.offset, span.length)
                     worst = max(worst, (found - expected).abs().max().item())
         for window in windows.values():
             window.clear()

@@ -15,7 +15,7 @@ from nltrain.levels.config import LevelConfig, LevelsConfig
 from nltrain.levels.groups import arrange
 from nltrain.levels.ledger import Ledger
 from nltrain.levels.optimizers import optimizer_of
-from nltrain.levels.plan import plan_levels
+from nltrain.levels.split import split_levels
 from nltrain.levels.zero import _replaced, init_deepspeed, shard
 
 
@@ -29,7 +29,7 @@ def stepped(stage: int, ranks: Ranks) -> dict[str, list[Tensor]]:
             parameter.fill_(1.0)
     level = LevelConfig("all", ("*",), 8, optimizer="sgd", lr=0.25, zero_stage=stage)
     levels = LevelsConfig((level,))
-    (part,) = plan_levels(model, (level,))
+    (part,) = split_levels(model, (level,))
     optimizer = optimizer_of(level)
     groups = arrange(part.parameters, 10, optimizer)  # weight and bias apart
     members = [{"params": list(group.parameters)} for group in groups]
@@ -43,7 +43,7 @@ def stepped(stage: int, ranks: Ranks) -> dict[str, list[Tensor]]:
         return found
 
     outputs = [output()]
-    covered = [sum(piece.length for piece in layout.pieces(ranks.rank)) for layout in adapter.layouts]
+    covered = [sum(span.length for span in layout.spans(ranks.rank)) for layout in adapter.layouts]
     with torch.no_grad():
         adapter.step([torch.ones_like(master) for master in adapter.masters])
         outputs.append(output())

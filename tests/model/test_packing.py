@@ -44,5 +44,5 @@ def test_a_continued_row_sees_its_past() -> None:
 def test_layers_share_one_layout() -> None:
     packing = Packing(TOKENS, None, None)
     rule = MemoryRule(chunk_mem=4, chunk_other=4)
-    assert packing.layout(rule) is packing.layout(MemoryRule(chunk_mem=4, chunk_other=4, momentum=True))
-    assert packing.layout(rule) is not packing.layout(MemoryRule(chunk_mem=4, chunk_other=2))
+    assert packing.blocking(rule) is packing.blocking(MemoryRule(chunk_mem=4, chunk_other=4, momentum=True))
+    assert packing.blocking(rule) is not packing.blocking(MemoryRule(chunk_mem=4, chunk_other=2))

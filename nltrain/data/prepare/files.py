@@ -248,15 +248,15 @@ def _training_texts(
             return
         from_file, cut = 0, False
         # Bad records are not counted here, but when the dataset is made.
-        for piece in read_documents([file], config.text_field, Dropped(), config.max_record_bytes):
+        for passage in read_documents([file], config.text_field, Dropped(), config.max_record_bytes):
             if from_file >= share:
-                cut = piece.continues
+                cut = passage.continues
                 break
-            yield piece.text
-            from_file += len(piece.text.encode())
+            yield passage.text
+            from_file += len(passage.text.encode())
         if cut:
             progress(
-                f"training the tokenizer: {piece.where}: cut after {from_file} bytes, the share of its file; the "
+                f"training the tokenizer: {passage.where}: cut after {from_file} bytes, the share of its file; the "
                 f"dataset has all of it"
             )
         num_bytes += from_file

@@ -2,7 +2,7 @@
 
 A text file is one document; so is a JSON record or a parquet row, which is named file:line. Guarantees: a record gives
 a document, or it is bad and counted with file and line; a file that cannot be read to its end raises DataError with its
-URL. A long document is cut into pieces, so memory does not grow with it. Limits: a JSON record or a parquet cell is
+URL. A long document is cut into passages, so memory does not grow with it. Limits: a JSON record or a parquet cell is
 held in memory whole, and is bad when it is longer than prepare.max_record_bytes.
 """
 
@@ -23,23 +23,23 @@ from nltrain.data.prepare.inputs import EXAMPLES_KEPT, TEXT_KINDS, InputFile, fi
 from nltrain.store import LocalStore, Store, open_store
 
 DOWNLOAD_PART_BYTES = 16 << 20
-# A longer document is tokenised in pieces of about this size. It is cut before a line break that follows a letter or
+# A longer document is tokenised in passages of about this size. It is cut before a line break that follows a letter or
 # digit, because the usual tokenizers begin a new token there.
-PIECE_CHARS = 1 << 20
+PASSAGE_CHARS = 1 << 20
 # A longer text file is read twice: first to check that all of it is UTF-8.
 WHOLE_TEXT_BYTES = 4 << 20
 PARQUET_BATCH_BYTES = 8 << 20
 PARQUET_BATCH_ROWS = 256
 
 
-class Piece(NamedTuple):
-    """A document, or a piece of a long one."""
+class Passage(NamedTuple):
+    """A document, or a passage of a long one."""
 
     name: str
     """Name of the document: stable and unique."""
     text: str
     continues: bool
-    """Whether it continues the document of the piece before."""
+    """Whether it continues the document of the passage before."""
     where: str
     """For messages: file:line."""
 
@@ -76,8 +76,8 @@ class Dropped:
 
 def read_documents(
     files: Sequence[InputFile], text_field: str, dropped: Dropped, max_record_bytes: int
-) -> Iterator[Piece]:
-    """The documents of these files, in order and in pieces; adds bad records to `dropped`.
+) -> Iterator[Passage]:
+    """The documents of these files, in order and in passages; adds bad records to `dropped`.
 
     Raises DataError for a file that cannot be read, and when the limit of bad records is exceeded.
     """
@@ -96,11 +96,11 @@ def read_documents(
 
 
 def split_text(chunks: Iterable[str]) -> Iterator[str]:
-    """The text in pieces of at most PIECE_CHARS characters, which do not depend on how it is cut into chunks."""
+    """The text in passages of at most PASSAGE_CHARS characters, which do not depend on how it is cut into chunks."""
     text = ""
     for chunk in chunks:
         text += chunk
-        while len(text) > PIECE_CHARS:
+        while len(text) > PASSAGE_CHARS:
             cut = _cut(text)
             yield text[:cut]
             text = text[cut:]
@@ -109,17 +109,17 @@ def split_text(chunks: Iterable[str]) -> Iterator[str]:
 
 
 def _cut(text: str) -> int:
-    end = PIECE_CHARS
-    while (end := text.rfind("\n", PIECE_CHARS // 2, end)) > 0:
+    end = PASSAGE_CHARS
+    while (end := text.rfind("\n", PASSAGE_CHARS // 2, end)) > 0:
         if text[end - 1].isalnum():
             return end
-    return PIECE_CHARS
+    return PASSAGE_CHARS
 
 
-def pieces(name: str, where: str, chunks: Iterable[str]) -> Iterator[Piece]:
-    """The pieces of the document whose text consists of these chunks."""
+def passages(name: str, where: str, chunks: Iterable[str]) -> Iterator[Passage]:
+    """The passages of the document whose text consists of these chunks."""
     for number, text in enumerate(split_text(chunks)):
-        yield Piece(name, text, number > 0, where)
+        yield Passage(name, text, number > 0, where)
 
 
 @contextlib.contextmanager
@@ -144,7 +144,7 @@ def _local_path(store: Store, file: InputFile) -> Iterator[Path]:
         yield path
 
 
-def _read_text(file: InputFile, path: Path, dropped: Dropped) -> Iterator[Piece]:
+def _read_text(file: InputFile, path: Path, dropped: Dropped) -> Iterator[Passage]:
     dropped.num_records += 1
     with opened(file, path) as stream:
         data = stream.read(WHOLE_TEXT_BYTES + 1)
@@ -164,7 +164,7 @@ def _read_text(file: InputFile, path: Path, dropped: Dropped) -> Iterator[Piece]
     elif not data:
         dropped.add(where, "empty text")
     else:
-        yield from pieces(file.name, where, chunks)
+        yield from passages(file.name, where, chunks)
 
 
 def _not_utf8_line(file: InputFile, path: Path) -> int:
@@ -192,7 +192,7 @@ def _decoded(file: InputFile, path: Path) -> Iterator[str]:
 
 def _read_json(
     file: InputFile, path: Path, text_field: str, dropped: Dropped, max_record_bytes: int
-) -> Iterator[Piece]:
+) -> Iterator[Passage]:
     shape = "lines"
     if file_kind(file.key) == ".json":
         with opened(file, path) as stream:
@@ -221,7 +221,7 @@ def _text_of(record: Any, text_field: str) -> str | None:
     return text if isinstance(text, str) else None
 
 
-def _of_record(file: InputFile, number: int, record: Any, text_field: str, dropped: Dropped) -> Iterator[Piece]:
+def _of_record(file: InputFile, number: int, record: Any, text_field: str, dropped: Dropped) -> Iterator[Passage]:
     """The document of one record, which may be any JSON value, or Bad."""
     dropped.num_records += 1
     where = f"{file.url}:{number}"
@@ -235,10 +235,10 @@ def _of_record(file: InputFile, number: int, record: Any, text_field: str, dropp
     elif not _is_utf8(text):  # JSON can spell half of a surrogate pair
         dropped.add(where, "not UTF-8")
     else:
-        if len(text) <= PIECE_CHARS:
-            yield Piece(f"{file.name}:{number}", text, False, where)
+        if len(text) <= PASSAGE_CHARS:
+            yield Passage(f"{file.name}:{number}", text, False, where)
         else:
-            yield from pieces(f"{file.name}:{number}", where, [text])
+            yield from passages(f"{file.name}:{number}", where, [text])
     dropped.check()
 
 
@@ -252,7 +252,7 @@ def _is_utf8(text: str) -> bool:
 
 def _read_parquet(
     file: InputFile, path: Path, text_field: str, dropped: Dropped, max_record_bytes: int
-) -> Iterator[Piece]:
+) -> Iterator[Passage]:
     import pyarrow
     import pyarrow.parquet
 

@@ -22,7 +22,7 @@ from nltrain.data.manifest import MANIFEST_KEY, TOKENIZER_KEY, Manifest, Split, 
 from nltrain.data.prepare.config import PrepareConfig
 from nltrain.data.prepare.corpus import Document
 from nltrain.data.prepare.inputs import EXAMPLES_KEPT, PassedOver, Progress
-from nltrain.data.prepare.sources import Dropped, Piece, pieces
+from nltrain.data.prepare.sources import Dropped, Passage, passages
 from nltrain.data.shards import FinishedShard, Shard, ShardPacker
 from nltrain.data.tokenizer import DocumentEncoder, Unencoded, token_dtype, tokenizer_sha256, tokenizer_to_bytes
 from nltrain.store import Store
@@ -97,7 +97,7 @@ def prepare(
     for name, text in corpus:
         if not text:
             dropped.add(name, "empty text")
-    texts = (piece for name, text in corpus if text for piece in pieces(name, name, [text]))
+    texts = (passage for name, text in corpus if text for passage in passages(name, name, [text]))
     result = prepare_group(0, texts, store, tokenizer, config, dropped, progress)
     return write_manifest(store, tokenizer, config, work, [result])
 
@@ -149,7 +149,7 @@ def prepare_tokens(
 
 def prepare_group(
     group: int,
-    documents: Iterable[Piece],
+    documents: Iterable[Passage],
     store: Store,
     tokenizer: Tokenizer,
     config: PrepareConfig,
@@ -163,14 +163,14 @@ def prepare_group(
     encoder = DocumentEncoder(tokenizer, config.separator)
     packer = GroupPacker(group, store, encoder.vocab_size, config, progress)
     for batch in _batches(documents, packer):
-        encoded = encoder.try_encode([piece.text for piece in batch], [piece.continues for piece in batch])
-        for piece, tokens in zip(batch, encoded, strict=True):
+        encoded = encoder.try_encode([passage.text for passage in batch], [passage.continues for passage in batch])
+        for passage, tokens in zip(batch, encoded, strict=True):
             if isinstance(tokens, str) or not len(tokens):
                 why = tokens if isinstance(tokens, str) else "no token for any of its characters"
-                dropped.add(piece.where, f"{why}, in a part of a long document" if piece.continues else why)
+                dropped.add(passage.where, f"{why}, in a part of a long document" if passage.continues else why)
                 dropped.check()
             else:
-                packer.add(piece.name, tokens, piece.continues)
+                packer.add(passage.name, tokens, passage.continues)
     return packer.finish(dropped, encoder.unencoded)
 
 
@@ -198,12 +198,12 @@ class GroupPacker:
         return False
 
     def add(self, name: str, tokens: np.ndarray, continues: bool = False) -> None:
-        """Appends a document, or the next piece of the last one. Raises DataError for an id outside the vocabulary."""
+        """Appends a document or the next passage of the last one. Raises DataError for an id outside the vocabulary."""
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.vocab_size:
             raise DataError(f"document {name!r}: an id is outside [0, {self.vocab_size}): use its own tokenizer")
         held_out = unit_hash(self.config.seed, "hold out", name) < self.config.validation_fraction
         split = VALIDATION if held_out else TRAIN
-        # The first piece that could be encoded begins the document.
+        # The first passage that could be encoded begins the document.
         starts = not continues or name != self._name
         self._name = name
         self._num_documents += starts
@@ -295,16 +295,16 @@ def write_manifest(
     return manifest
 
 
-def _batches(documents: Iterable[Piece], packer: GroupPacker) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
+def _batches(documents: Iterable[Passage], packer: GroupPacker) -> Iterator[list[Passage]]:
+    batch: list[Passage] = []
     num_chars, kept = 0, False
-    for piece in documents:
-        if not piece.continues:
-            kept = packer.keeps(piece.name)
+    for passage in documents:
+        if not passage.continues:
+            kept = packer.keeps(passage.name)
         if not kept:
             continue
-        batch.append(piece)
-        num_chars += len(piece.text)
+        batch.append(passage)
+        num_chars += len(passage.text)
         if num_chars >= ENCODE_BATCH_CHARS:
             yield batch
             batch, num_chars = [], 0

@@ -23,7 +23,7 @@ def test_one_word_of_two_megabytes_trains_a_tokenizer_in_seconds(corpus: Path, a
     started_s = time.process_time()
     cut: list[int] = []
     files = list_inputs([str(corpus)], lambda _: None)
-    texts = [piece.text for piece in sources.read_documents(files, "text", sources.Dropped(), 1 << 30)]
+    texts = [passage.text for passage in sources.read_documents(files, "text", sources.Dropped(), 1 << 30)]
     tokenizer = train_tokenizer(texts, 32768, cut.append)
     assert time.process_time() - started_s < 30
     assert sum(cut) > 0.9 * (len(word) - len(texts) * LONGEST_WORD_CHARS)

@@ -1,4 +1,4 @@
-"""Documents in files: text columns of any type, long documents in pieces, memory that does not grow with them."""
+"""Documents in files: text columns of any type, long documents in passages, memory that does not grow with them."""
 
 import gzip
 import json
@@ -72,14 +72,14 @@ def tokens_of(url: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl", "a.json"])
-def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(
+def test_a_long_document_in_passages_has_the_tokens_of_the_whole(
     corpus: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rng = random.Random(1)
     text = "".join(rng.choice(["word", "  two words", "\n\tline.\n", "é世界", " 12", "end\nnext"]) for _ in range(4000))
     data = text if ".txt" in name else json.dumps({"text": text, "n": 1}) + "\n" + json.dumps({"text": "short"}) + "\n"
     (corpus / name).write_bytes(gzip.compress(data.encode()) if name.endswith("gz") else data.encode())
-    monkeypatch.setattr(sources, "PIECE_CHARS", 1000)
+    monkeypatch.setattr(sources, "PASSAGE_CHARS", 1000)
     monkeypatch.setattr(sources, "WHOLE_TEXT_BYTES", 777)  # a character may be cut where a part ends
     report = run(corpus).report
     whole = DocumentEncoder(TOKENIZER).encode([text] if ".txt" in name else [text, "short"])
@@ -111,7 +111,7 @@ for folder in sys.argv[2:]:
         tokenizer = folder + "/../tokenizer.json"
         prepare_files([folder], folder + "-out", config, tokenizer=tokenizer, progress=lambda _: None)
     else:
-        for piece in read_documents(list_inputs([folder], lambda _: None), "text", Dropped(), 4 << 20):
+        for passage in read_documents(list_inputs([folder], lambda _: None), "text", Dropped(), 4 << 20):
             pass
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10)
 """

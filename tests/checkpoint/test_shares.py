@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from nltrain.checkpoint.errors import PlanError
-from nltrain.checkpoint.plan import Piece, assign, table
+from nltrain.checkpoint.errors import ShareError
+from nltrain.checkpoint.shares import Piece, assign, table
 from nltrain.fragment import Fragment
 
 
@@ -51,12 +51,12 @@ def test_copies_are_shared_out_evenly() -> None:
 
 
 def test_elements_that_nobody_holds_are_named() -> None:
-    with pytest.raises(PlanError, match=r"elements \[4, 6\) of w \(10 in all\) are held by no rank"):
+    with pytest.raises(ShareError, match=r"elements \[4, 6\) of w \(10 in all\) are held by no rank"):
         assign([[Piece("w", 0, 4, 10, "F32")], [Piece("w", 6, 4, 10, "F32")]])
 
 
 def test_ranks_that_disagree_about_a_tensor_are_refused() -> None:
-    with pytest.raises(PlanError, match="w has 11 elements of F32 on rank 1, elsewhere 10 of F32"):
+    with pytest.raises(ShareError, match="w has 11 elements of F32 on rank 1, elsewhere 10 of F32"):
         assign([[Piece("w", 0, 10, 10, "F32")], [Piece("w", 0, 11, 11, "F32")]])
 
 
@@ -70,5 +70,5 @@ def test_ranks_that_disagree_about_a_tensor_are_refused() -> None:
     ],
 )
 def test_a_fragment_that_is_no_flat_slice_is_refused_by_name(fragment: Fragment, text: str) -> None:
-    with pytest.raises(PlanError, match=f"fragment layer.w .*{text}"):
+    with pytest.raises(ShareError, match=f"fragment layer.w .*{text}"):
         table({"layer.w": fragment})

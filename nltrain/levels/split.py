@@ -50,7 +50,7 @@ class LevelPart:
         return text + ("; not on " + ", ".join(f"{p} ({n:,})" for p, n in spared.items()) if spared else "")
 
 
-def plan_levels(model: nn.Module, levels: Sequence[LevelConfig]) -> tuple[LevelPart, ...]:
+def split_levels(model: nn.Module, levels: Sequence[LevelConfig]) -> tuple[LevelPart, ...]:
     """Splits the trainable parameters of `model` into `levels`; raises LevelsError naming what does not fit."""
     names: dict[int, list[str]] = {}
     parameters: dict[int, nn.Parameter] = {}

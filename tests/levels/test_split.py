@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 from nltrain.levels.config import LevelConfig, LevelsError
-from nltrain.levels.plan import plan_levels
+from nltrain.levels.split import split_levels
 
 
 def level(name: str = "base", parameters=("rest",), period_tokens: int = 64, **settings) -> LevelConfig:
@@ -20,12 +20,12 @@ class Block(nn.Module):
 
 def refused(model: nn.Module, *levels: LevelConfig) -> str:
     with pytest.raises(LevelsError) as error:
-        plan_levels(model, levels)
+        split_levels(model, levels)
     return str(error.value)
 
 
 def test_every_parameter_is_in_exactly_one_level():
-    parts = plan_levels(Block(), (level(), level("slow", ("slow.*",)), level("fast", ("fast.*",))))
+    parts = split_levels(Block(), (level(), level("slow", ("slow.*",)), level("fast", ("fast.*",))))
     assert {part.config.name: [name for name, _ in part.parameters] for part in parts} == {
         "base": ["scale"],
         "slow": ["slow.weight", "slow.bias"],
@@ -54,7 +54,7 @@ def test_a_leaf_module_in_two_levels_is_named():
 def test_at_zero3_a_bare_parameter_beside_other_levels_is_named():
     text = refused(Block(), level(zero_stage=3), level("slow", ("slow.*",)))
     assert "scale" in text and "'base'" in text and "ZeRO-3" in text and "module of its own" in text
-    plan_levels(Block(), (level(zero_stage=3), level("slow", ("slow.*", "scale"), zero_stage=1)))
+    split_levels(Block(), (level(zero_stage=3), level("slow", ("slow.*", "scale"), zero_stage=1)))
 
 
 def test_a_superfluous_rest_is_refused():
@@ -64,7 +64,7 @@ def test_a_superfluous_rest_is_refused():
 def test_tied_weights_belong_to_one_level_and_count_once():
     model = nn.ModuleDict({"embed": nn.Embedding(5, 4), "head": nn.Linear(4, 5, bias=False), "mlp": nn.Linear(4, 4)})
     model["head"].weight = model["embed"].weight
-    parts = plan_levels(model, (level(), level("slow", ("mlp.*",))))
+    parts = split_levels(model, (level(), level("slow", ("mlp.*",))))
     assert parts[0].num_parameters == 20 and [name for name, _ in parts[0].parameters] == ["embed.weight"]
     text = refused(model, level(), level("a", ("embed.*",)), level("b", ("head.*",)))
     assert "embed.weight" in text and "head.weight" in text
@@ -79,4 +79,4 @@ def test_a_parameter_without_a_dimension_is_refused():
 def test_parameters_that_need_no_gradient_are_left_alone():
     model = Block()
     model.slow.requires_grad_(False)
-    assert [name for name, _ in plan_levels(model, (level(),))[0].parameters] == ["scale", "fast.weight", "fast.bias"]
+    assert [name for name, _ in split_levels(model, (level(),))[0].parameters] == ["scale", "fast.weight", "fast.bias"]

@@ -2,7 +2,7 @@
 
 Chunks are counted from each document's own start, so rows of a batch may be cut at different places. Then the tokens
 are gathered into padded blocks; when all rows are cut alike (the common case) blocks are plain slices.
-`build_layout` reads positions on the host: call it once per batch, not once per layer.
+`build_blocking` reads positions on the host: call it once per batch, not once per layer.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class Block:
     """One step of the chunk loop."""
 
     begin: int
-    """First token, in the padded layout if there is one."""
+    """First token, in the padded order if there is one."""
     end: int
     """One past the last token."""
     resets: RowMask
@@ -34,7 +34,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Blocking:
     """The blocks of a batch and where its tokens lie in them."""
 
     blocks: tuple[Block, ...]
@@ -62,8 +62,8 @@ def token_positions(document_starts: Tensor | None, position: Tensor, num_tokens
     return torch.where(last_start >= 0, steps - last_start, carried)
 
 
-def build_layout(rule: MemoryRule, num_tokens: int, position: Tensor, document_starts: Tensor | None) -> Layout:
-    """The layout of [B, num_tokens] tokens that continue documents at `position` [B]."""
+def build_blocking(rule: MemoryRule, num_tokens: int, position: Tensor, document_starts: Tensor | None) -> Blocking:
+    """The blocks of [B, num_tokens] tokens that continue documents at `position` [B]."""
     device = position.device
     where = token_positions(document_starts, position, num_tokens).cpu()
     in_chunk = where % rule.chunk_min
@@ -87,7 +87,7 @@ def build_layout(rule: MemoryRule, num_tokens: int, position: Tensor, document_s
     if bool((cuts == cuts[:1]).all()):
         first = cuts[0].nonzero().flatten()
         alike = blocks(first.tolist(), num_tokens, first.expand(where.shape[0], -1), True)
-        return Layout(alike, None, None, None, **common)
+        return Blocking(alike, None, None, None, **common)
 
     steps = torch.arange(num_tokens)
     block_index = cuts.cumsum(1) - 1
@@ -99,7 +99,7 @@ def build_layout(rule: MemoryRule, num_tokens: int, position: Tensor, document_s
     valid = torch.zeros_like(source, dtype=torch.bool).scatter(1, slot, True)
     begins = list(range(0, num_blocks * width, width))
     apart = blocks(begins, num_blocks * width, source[:, ::width], valid[:, ::width])
-    return Layout(apart, source.to(device), valid.to(device), slot.to(device), **common)
+    return Blocking(apart, source.to(device), valid.to(device), slot.to(device), **common)
 
 
 def _row_masks(masks: Tensor, device: torch.device) -> list[RowMask]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from nltrain.checkpoint.errors import PlanError
+from nltrain.checkpoint.errors import ShareError
 from nltrain.fragment import Fragment
 
 # The names that safetensors uses; a dtype outside this table is refused.
@@ -52,16 +52,16 @@ class Piece(NamedTuple):
 
 
 def table(fragments: Mapping[str, Fragment]) -> list[Piece]:
-    """The pieces that this rank holds, by name. A fragment that is no flat slice of its tensor raises PlanError."""
+    """The pieces that this rank holds, by name. A fragment that is no flat slice of its tensor raises ShareError."""
     pieces = []
     for name, (tensor, start, total) in sorted(fragments.items()):
         numel = tensor.numel()
         if tensor.dim() != 1 or not tensor.is_contiguous():
-            raise PlanError(f"fragment {name} has shape {tuple(tensor.shape)}: it must be a contiguous 1-D slice")
+            raise ShareError(f"fragment {name} has shape {tuple(tensor.shape)}: it must be a contiguous 1-D slice")
         if tensor.dtype not in _NAMES:
-            raise PlanError(f"fragment {name} has dtype {tensor.dtype}, which has no stored form")
+            raise ShareError(f"fragment {name} has dtype {tensor.dtype}, which has no stored form")
         if start < 0 or start + numel > total:
-            raise PlanError(
+            raise ShareError(
                 f"fragment {name} covers [{start}, {start + numel}) of {total} elements: outside the tensor"
             )
         pieces.append(Piece(name, start, numel, total, _NAMES[tensor.dtype]))
@@ -76,7 +76,7 @@ def assign(tables: Sequence[Sequence[Piece]]) -> list[list[Piece]]:
         for name, start, numel, total, dtype in pieces:
             kind = kinds.setdefault(name, (total, dtype))
             if kind != (total, dtype):
-                raise PlanError(
+                raise ShareError(
                     f"fragment {name} has {total} elements of {dtype} on rank {rank}, elsewhere {kind[0]} of {kind[1]}"
                 )
             # A tensor without elements is named by the first rank that has it.
@@ -115,7 +115,7 @@ def _cut(name: str, total: int, intervals: list[tuple[int, int, int]]) -> list[t
         if boundary > position:
             holders = sorted(rank for rank, times in count.items() if times)
             if not holders:
-                raise PlanError(f"elements [{position}, {boundary}) of {name} ({total} in all) are held by no rank")
+                raise ShareError(f"elements [{position}, {boundary}) of {name} ({total} in all) are held by no rank")
             runs.append((position, boundary, holders))
             position = boundary
         for rank, change in events.get(boundary, ()):
