@@ -69,6 +69,7 @@ def config_of(folder: Path, name: str, fold_quanta: int, width: int) -> RunConfi
         "checkpoint.url": folder / "runs",
         "model.vocab_size": VOCAB_SIZE,
         "model.width": width,
+        "model.cms_hidden": "none",  # as wide as the model asks for
         "model.num_layers": 2,
         "data.seq_len": SEQ_LEN,
         "levels.quantum_tokens": QUANTUM,

@@ -29,12 +29,16 @@ def newest_attempt(store: Store, run: str) -> int:
 
 
 def put_event(store: Store, run: str, kind: str, who: str, **values: Any) -> None:
-    """Write one event of the newest attempt. `who` ("controller", "rank_0001") is part of the key, so that two authors
-    never overwrite each other. Raises StoreError."""
+    """Write one event of the newest attempt. `who` ("controller", "rank_0001") is part of the key.
+
+    No event overwrites another one: the second of one author in one millisecond gets the next free one. Raises
+    StoreError.
+    """
     now_s, attempt = time.time(), newest_attempt(store, run)
-    body = {"kind": kind, "attempt": attempt, "time_s": round(now_s, 3)} | values
-    key = f"{run}/events/{attempt:06d}-{int(now_s * 1000):015d}-{kind}-{who}.json"
-    store.put(key, json.dumps(body).encode())
+    body = json.dumps({"kind": kind, "attempt": attempt, "time_s": round(now_s, 3)} | values).encode()
+    ms = int(now_s * 1000)
+    while not store.put_if_absent(f"{run}/events/{attempt:06d}-{ms:015d}-{kind}-{who}.json", body):
+        ms += 1
 
 
 def read_events(

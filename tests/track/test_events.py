@@ -48,3 +48,10 @@ def test_events_of_before_they_had_an_attempt_are_the_oldest(store):
     begin(store, "r", 1)
     put_event(store, "r", "failure", "controller", reason="new")
     assert [event["reason"] for event in read_events(store, "r", 1)] == ["new"]
+
+
+def test_events_of_one_author_in_one_millisecond_are_all_kept_in_order(store, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 1_700_000_000.0)
+    for number in range(5):
+        put_event(store, "r", "strike", "controller", number=number)
+    assert [event["number"] for event in read_events(store, "r")] == list(range(5))
