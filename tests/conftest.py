@@ -1,5 +1,6 @@
 """What all tests share: one thread per process, and who runs beside whom when `make test` uses two workers."""
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -66,6 +67,10 @@ def pytest_collection_finish() -> None:
     """Where ranks will be forked: start what forks them now, outside the environment of any test's cluster."""
     if "benchmarks._forked" in sys.modules:
         forkserver.ensure_running()
+    # Modules and collected tests last as long as the session: no garbage collection has to look at them again. A test
+    # that makes many tensors is a tenth faster.
+    gc.collect()
+    gc.freeze()
 
 
 # On two quiet cores; what takes longer measures how busy the machine is.
