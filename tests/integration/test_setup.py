@@ -17,6 +17,8 @@ with tempfile.NamedTemporaryFile() as meeting:
     scheduler = LevelScheduler(model, levels(2 * SEQ_LEN), SEQ_LEN)
     train(model, scheduler, 0, 1, range(1), 2)
     print(scheduler.counts["base"]["done"])
+    scheduler.close()
+    dist.destroy_process_group()  # else threads of gloo may still run when the interpreter ends, which aborts
 """
 
 
