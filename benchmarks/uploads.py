@@ -27,7 +27,7 @@ import torch
 
 from nltrain.store import open_store
 from nltrain.store import s3 as store_module
-from nltrain.store.sender import sending
+from nltrain.store.sender import Sender
 
 FILE_BYTES = 64 << 20
 OPERATIONS = 400  # of one step
@@ -69,7 +69,7 @@ class Uploader(threading.Thread):
     def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
         direct = open_store(url)
-        self._stores = {"process": sending(direct, 1), "thread": direct}
+        self._stores = {"process": Sender(direct, 1), "thread": direct}
         self.way, self._data = "thread", memoryview(bytearray(FILE_BYTES))
         self.running, self.idle, self.num_bytes = threading.Event(), threading.Event(), 0
 

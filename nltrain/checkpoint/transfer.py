@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -27,8 +27,16 @@ from nltrain.store import Store
 READ_BYTES = 64 << 20
 
 
+class Puts(Protocol):
+    """What writing needs of a store, or of what sends to one."""
+
+    def put(self, key: str, data: bytes | memoryview) -> None:
+        """Create or replace the object, atomically."""
+        ...
+
+
 def write_files(
-    store: Store, files: Sequence[tuple[str, str, Callable[[], bytes | memoryview]]], num_threads: int
+    store: Puts, files: Sequence[tuple[str, str, Callable[[], bytes | memoryview]]], num_threads: int
 ) -> list[FileEntry]:
     """Put (key, path in the manifest, data) triples; returns their entries in order. The first failure is raised."""
     with ThreadPoolExecutor(num_threads) as senders, ThreadPoolExecutor(num_threads) as hashers:

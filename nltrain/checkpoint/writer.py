@@ -23,7 +23,7 @@ from nltrain.checkpoint.stored import own_path
 from nltrain.checkpoint.transfer import write_files
 from nltrain.collectives import Ranks
 from nltrain.store import Store, StoreError
-from nltrain.store.sender import SendingStore, sending
+from nltrain.store.sender import sender_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class SaveWriter:
     ) -> None:
         self._store, self._run, self._attempt, self._config = store, run, attempt, config
         # Reading and small requests stay here; only what would hold up the training loop goes through the process.
-        self._uploads = sending(store, config.num_threads) if config.upload_process else store
+        self._sender = sender_of(store, config.num_threads) if config.upload_process else None
         self._ranks, self._refused = ranks, refused
         self._environment = environment() if ranks.rank == 0 else {}
         self._thread: threading.Thread | None = None
@@ -111,8 +111,8 @@ class SaveWriter:
 
     def close(self) -> None:
         """End the process that uploads, where there is one."""
-        if isinstance(self._uploads, SendingStore):
-            self._uploads.close()
+        if self._sender is not None:
+            self._sender.close()
 
     def poll(self) -> list[SaveResult]:
         """The saves that ended since the last call."""
@@ -187,7 +187,7 @@ class SaveWriter:
         if rank == 0:
             files.append((self._key(job, LAYOUT), LAYOUT, lambda: job.layout))
             files.append((self._key(job, STATE), STATE, lambda: job.state))
-        return write_files(self._uploads, files, self._config.num_threads)
+        return write_files(self._sender or self._store, files, self._config.num_threads)
 
     def _commit(self, job: SaveJob, reports: list[dict[str, Any]]) -> dict[str, Any]:
         """On rank 0: make the folder a checkpoint if every rank wrote its files; returns how that went, as JSON."""

@@ -21,7 +21,6 @@ FATAL = {
     "CompilerError",
     "ConfigChangedError",
     "MismatchError",
-    "LevelsError",
     "ShareError",
     "StaleAttemptError",
 }

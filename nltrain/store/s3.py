@@ -1,4 +1,4 @@
-"""A store in S3 or behind its protocol; the only file of the product that imports boto3, beside `s3_errors.py`.
+"""A store in S3 or behind its protocol; the only file of the product that imports boto3.
 
 Transient failures (5xx, SlowDown, resets, stalls, short bodies) are retried with exponential backoff and full jitter;
 everything else fails at once. A key of S3 means itself, whatever its characters.
@@ -189,8 +189,9 @@ class S3Store:
             except StoreError:
                 raise
             except Exception as error:
-                if not is_transient(error):
-                    raise explain(url, verb, error, client.meta.region_name) from error
+                cause = _cause(error)
+                if not is_transient(cause):
+                    raise explain(url, verb, cause, client.meta.region_name) from error
                 if attempt == self.attempts:
                     raise StoreError(
                         f"{url}: {verb} failed {attempt} times, last: {one_line(error)}: "
@@ -201,6 +202,14 @@ class S3Store:
                 # Full jitter: ranks that failed together do not come back together.
                 time.sleep(random.uniform(0, min(MAX_BACKOFF_S, self.backoff_s * 2 ** (attempt - 1))))
         raise StoreError(f"{url}: attempts = {self.attempts}: at least 1 is needed")
+
+
+def _cause(error: Exception) -> Exception:
+    """What an upload in parts met, which boto3 wraps; any other error as it is."""
+    from boto3.exceptions import S3UploadFailedError
+
+    inner = error.__context__
+    return inner if isinstance(error, S3UploadFailedError) and isinstance(inner, Exception) else error
 
 
 class _View(io.RawIOBase):

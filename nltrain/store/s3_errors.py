@@ -28,7 +28,6 @@ def one_line(error: BaseException) -> str:
 
 def is_transient(error: Exception) -> bool:
     """Whether another try may succeed."""
-    from boto3.exceptions import S3UploadFailedError
     from botocore import exceptions
     from botocore.parsers import ResponseParserError
     from urllib3.exceptions import HTTPError
@@ -38,8 +37,6 @@ def is_transient(error: Exception) -> bool:
         code = error.response.get("Error", {}).get("Code", "")
         names = {"RequestTimeout", "SlowDown", "ConditionalRequestConflict", "RequestTimeTooSkewed"}
         return (status >= 500 and status != NOT_IMPLEMENTED) or status == 429 or code in names
-    if isinstance(error, S3UploadFailedError):
-        return isinstance(error.__context__, Exception) and is_transient(error.__context__)
     kinds = (
         exceptions.HTTPClientError,
         exceptions.ConnectionError,
@@ -54,11 +51,8 @@ def is_transient(error: Exception) -> bool:
 
 def explain(url: str, verb: str, error: Exception, region: str) -> StoreError:
     """A StoreError with the URL, what failed and the remedy, for an error that another try does not cure."""
-    from boto3.exceptions import S3UploadFailedError
     from botocore import exceptions
 
-    if isinstance(error, S3UploadFailedError) and isinstance(error.__context__, Exception):
-        error = error.__context__
     if isinstance(error, exceptions.NoCredentialsError | exceptions.PartialCredentialsError):
         remedy = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or give the machine a role"
         return StoreError(f"{url}: {verb}: no AWS credentials found: {remedy}")

@@ -1,7 +1,7 @@
 """Uploads from a process of their own, so that a training loop does not wait for the interpreter.
 
 An upload takes the interpreter's lock once per block, over TLS once per 16 KiB; a loop that launches small operations
-waits for each of them. `SendingStore` writes an object's bytes into memory that it shares with one process, in a single
+waits for each of them. `Sender` writes an object's bytes into memory that it shares with one process, in a single
 call that holds no lock, and that process puts them. What takes few blocks is put directly. Each of `num_slots` uploads
 at a time has memory of its own, as large as the largest object it carried. The process starts with the first large
 object and ends with its owner, however that ends. Started as a file; it imports neither torch nor ray.
@@ -19,14 +19,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # a file on its own: its package is found, and not the modules that lie beside it
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from nltrain.store.base import Store, StoredObject, StoreError
+from nltrain.store.base import Store, StoreError
 from nltrain.store.s3 import S3Store
 
 LARGE_BYTES = 4 << 20
@@ -53,8 +53,8 @@ class _Slot:
         os.close(self.memory_fd)
 
 
-class SendingStore:
-    """An S3 store whose large objects are put by a process of its own. Use `close`, or end this process.
+class Sender:
+    """Puts objects into an S3 store, large ones from a process of its own. Use `close`, or end this process.
 
     Guarantees and errors are those of the store; where the process ends by itself, the uploads in flight fail with a
     StoreError and the next one starts another.
@@ -152,55 +152,13 @@ class SendingStore:
         code = process.wait(CLOSE_TIMEOUT_S) if process is not None else None
         return "was closed" if code is None else f"ended with exit code {code}: see its output; is there memory left?"
 
-    # Everything else costs the loop little.
 
-    def get(self, key: str) -> bytes:
-        """The whole object. Raises MissingObjectError where there is none."""
-        return self.inner.get(key)
+def sender_of(store: Store, num_slots: int) -> Sender | None:
+    """What puts large objects into `store` from a process of their own; None where that would gain nothing.
 
-    def get_range(self, key: str, start: int, length: int) -> bytes:
-        """Exactly the bytes [start, start + length) of the object."""
-        return self.inner.get_range(key, start, length)
-
-    def read_into(self, key: str, start: int, buffers: Sequence[memoryview]) -> None:
-        """Fill the buffers, one after the other, with the bytes from `start` on."""
-        self.inner.read_into(key, start, buffers)
-
-    def put_if_absent(self, key: str, data: bytes | memoryview) -> bool:
-        """Create the object; False where it exists."""
-        return self.inner.put_if_absent(key, data)
-
-    def put_file(self, key: str, path: str | os.PathLike[str]) -> None:
-        """As `put`, with the content of a local file."""
-        self.inner.put_file(key, path)
-
-    def list(self, prefix: str = "") -> "list[StoredObject]":
-        """The objects whose keys begin with `prefix`, sorted by key."""
-        return self.inner.list(prefix)
-
-    def delete(self, key: str) -> None:
-        """Remove the object; nothing happens where there is none."""
-        self.inner.delete(key)
-
-    def delete_many(self, keys: Sequence[str]) -> None:
-        """As `delete`, in as few requests as the store allows."""
-        self.inner.delete_many(keys)
-
-    def exists(self, key: str) -> bool:
-        """Whether the object is there."""
-        return self.inner.exists(key)
-
-    def size(self, key: str) -> int:
-        """Bytes of the object."""
-        return self.inner.size(key)
-
-
-def sending(store: Store, num_slots: int) -> Store:
-    """`store`, with uploads of large objects in a process of their own where they would cost the interpreter.
-
-    A folder's files are written in a few calls that hold no lock: such a store is returned as it is.
+    A folder's files are written in a few calls that hold no lock.
     """
-    return SendingStore(store, num_slots) if isinstance(store, S3Store) else store
+    return Sender(store, num_slots) if isinstance(store, S3Store) else None
 
 
 def _write_all(fd: int, data: memoryview) -> None:

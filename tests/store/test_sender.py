@@ -14,7 +14,7 @@ import pytest
 from nltrain.local.embedded_s3 import EmbeddedS3
 from nltrain.local.fault_proxy import FaultProxy
 from nltrain.store import StoreError, open_store
-from nltrain.store.sender import LARGE_BYTES, SendingStore, sending
+from nltrain.store.sender import LARGE_BYTES, Sender, sender_of
 
 
 def processes() -> list[psutil.Process]:
@@ -24,8 +24,8 @@ def processes() -> list[psutil.Process]:
 
 def test_only_large_objects_go_through_the_process_and_arrive_as_they_are(bucket: str) -> None:
     inner = open_store(bucket + "/sender")
-    store = sending(inner, 2)
-    assert isinstance(store, SendingStore)
+    store = sender_of(inner, 2)
+    assert isinstance(store, Sender)
     store.put("small", b"x" * 100)
     assert not processes()
     large = os.urandom(LARGE_BYTES + 7)
@@ -33,7 +33,7 @@ def test_only_large_objects_go_through_the_process_and_arrive_as_they_are(bucket
     (process,) = processes()
     store.put("large", memoryview(large)[::1])
     store.put("shorter", large[:-3])  # into memory that held more before
-    assert [store.get(key) for key in ("small", "large", "shorter")] == [b"x" * 100, large, large[:-3]]
+    assert [store.inner.get(key) for key in ("small", "large", "shorter")] == [b"x" * 100, large, large[:-3]]
     assert [p.pid for p in processes()] == [process.pid]
     store.close()
     assert not processes()
@@ -43,17 +43,17 @@ def test_only_large_objects_go_through_the_process_and_arrive_as_they_are(bucket
 
 
 def test_more_uploads_than_slots_wait_for_one_and_all_arrive(bucket: str) -> None:
-    store = sending(open_store(bucket + "/many"), 3)
+    store = Sender(open_store(bucket + "/many"), 3)
     objects = {f"{i}": os.urandom(LARGE_BYTES + 100_000 * i) for i in range(8)}
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda item: store.put(*item), objects.items()))
-    assert {key: store.get(key) for key in objects} == objects
+    assert {key: store.inner.get(key) for key in objects} == objects
     store.close()
 
 
 def test_an_error_is_the_one_that_the_store_itself_gives(bucket: str) -> None:
     inner = open_store("s3://no-such-bucket-here/x")
-    store = sending(inner, 1)
+    store = Sender(inner, 1)
     with pytest.raises(StoreError) as direct:
         inner.put("k", b"1" * LARGE_BYTES)
     with pytest.raises(StoreError) as sent:
@@ -68,7 +68,7 @@ def test_a_process_that_dies_fails_its_upload_and_the_next_one_gets_another(
     data = os.urandom(LARGE_BYTES)
     with FaultProxy(s3.endpoint_url, probability=0, kinds=["stall"], stall_s=15.0) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint_url)
-        store = sending(open_store(bucket + "/dies"), 1)
+        store = Sender(open_store(bucket + "/dies"), 1)
         store.put("first", data)
         (process,) = processes()
         proxy.probability = 1.0
@@ -81,15 +81,15 @@ def test_a_process_that_dies_fails_its_upload_and_the_next_one_gets_another(
             errors = [upload.exception(20) for upload in uploads]
         assert any("put failed: the process that uploads ended with exit code -9" in str(error) for error in errors)
         store.put("third", data)
-        assert store.get("third") == data
+        assert store.inner.get("third") == data
         store.close()
 
 
 OWNER = f"""
 import os, sys, time
 from nltrain.store import open_store
-from nltrain.store.sender import sending
-store = sending(open_store(sys.argv[1]), 1)
+from nltrain.store.sender import Sender
+store = Sender(open_store(sys.argv[1]), 1)
 store.put("large", b"x" * {LARGE_BYTES})
 print(store._process.pid, flush=True)
 time.sleep(600)
