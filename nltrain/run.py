@@ -43,6 +43,7 @@ from nltrain.supervision import (
     TRAINING,
     VALIDATING,
     WAITING_FOR_DATA,
+    WAITING_FOR_SAVE,
     Supervision,
     Unsupervised,
     Wish,
@@ -173,8 +174,11 @@ class Run:
 
     def save(self, retain: bool = True) -> bool:
         """Start a checkpoint of this moment; training waits for the copy to host memory only. False: skipped."""
-        self._beat(SAVING)
         with self.meter.paused():
+            if self.config.checkpoint.when_busy == "wait":
+                self._beat(WAITING_FOR_SAVE)
+                self.checkpoints.settle(self.config.checkpoint.timeout_s)
+            self._beat(SAVING if self.config.checkpoint.asynchronous else WAITING_FOR_SAVE)
             state = {
                 "config": to_dict(self.config),
                 "dataset_fingerprint": self._fingerprint(),
@@ -187,6 +191,7 @@ class Run:
             weights = {name: (f"{name}.master", shape) for name, shape in self._shapes.items()}
             started = self.checkpoints.save(self.tokens, self.levels.fragments(), state, own, weights, retain)
             self._saves.write(self.tokens)
+        self._beat(TRAINING)  # the slow phase ends here, not with the next batch: ranks meet before it
         if started:
             self._saved_at, self._checkpoint = self.tokens, checkpoint_name(self.tokens, self.attempt)
         return started
@@ -201,6 +206,7 @@ class Run:
         self._beat(VALIDATING)
         with self.meter.paused():
             metrics = evaluation.run(self.model)
+        self._beat(TRAINING)
         seconds = round(time.monotonic() - began_s, 3)
         self.record.row(evaluation_row(evaluation.name, self.tokens, metrics, seconds))
         self.record.say(lines.evaluation_line(evaluation.name, self.tokens, metrics))
@@ -294,7 +300,7 @@ class Run:
         """A committed checkpoint of this very moment, even where the one before is still being written."""
         while self._saved_at != self.tokens and not self.save(retain):
             time.sleep(0.2)
-        self._beat(SAVING)
+        self._beat(WAITING_FOR_SAVE)
         self.checkpoints.wait()
         self._saves.write(self.tokens)
 
