@@ -2,9 +2,11 @@
 
 An upload takes the interpreter's lock once per block, over TLS once per 16 KiB; a loop that launches small operations
 waits for each of them. `Sender` writes an object's bytes into memory that it shares with one process, in a single
-call that holds no lock, and that process puts them. What takes few blocks is put directly. Each of `num_slots` uploads
-at a time has memory of its own, as large as the largest object it carried. The process starts with the first large
-object and ends with its owner, however that ends. Started as a file; it imports neither torch nor ray.
+call that holds no lock, and that process puts them. Every call of the system gives the lock up and takes it again, so
+an object makes four: is the process there, the copy, the announcement, the answer. What takes few blocks is put
+directly. Each of `num_slots` uploads at a time has memory of its own, as large as the largest object it carried. The
+process starts with the first large object and ends with its owner, however that ends. Started as a file; it imports
+neither torch nor ray.
 
     python sender.py '{"url": "s3://bucket/runs", "slots": [[5, 6], [7, 8]], ...}'
 """
@@ -45,6 +47,16 @@ class _Slot:
         else:
             with tempfile.TemporaryFile() as file:
                 self.memory_fd = os.dup(file.fileno())
+        self.num_bytes = 0  # of the memory, so that no upload asks the system for them
+
+    def write(self, data: memoryview) -> None:
+        """Copy `data`, bytes, to the start of the memory, which only grows. A call that grows it is rare."""
+        if len(data) > self.num_bytes:
+            os.ftruncate(self.memory_fd, len(data))
+            self.num_bytes = len(data)
+        position = 0
+        while position < len(data):
+            position += os.pwrite(self.memory_fd, data[position:], position)
 
     def close(self) -> None:
         self.lines.close()
@@ -73,8 +85,7 @@ class Sender:
             self.inner.put(key, data)
             return
         with self._slot() as slot:
-            os.ftruncate(slot.memory_fd, max(len(data), os.fstat(slot.memory_fd).st_size))
-            _write_all(slot.memory_fd, memoryview(data).cast("B"))
+            slot.write(memoryview(data).cast("B"))
             try:
                 slot.own.sendall(json.dumps([key, len(data)]).encode() + b"\n")
                 answer = slot.lines.readline()
@@ -159,12 +170,6 @@ def sender_of(store: Store, num_slots: int) -> Sender | None:
     A folder's files are written in a few calls that hold no lock.
     """
     return Sender(store, num_slots) if isinstance(store, S3Store) else None
-
-
-def _write_all(fd: int, data: memoryview) -> None:
-    position = 0
-    while position < len(data):
-        position += os.pwrite(fd, data[position:], position)
 
 
 def _serve(store: S3Store, line: socket.socket, memory_fd: int) -> None:

@@ -42,6 +42,23 @@ def test_only_large_objects_go_through_the_process_and_arrive_as_they_are(bucket
     store.close()
 
 
+def test_memory_grows_only_for_an_object_that_is_larger_than_all_before(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grown, grow = [], os.ftruncate
+
+    def counted(fd: int, length: int) -> None:
+        grown.append(length)
+        grow(fd, length)
+
+    monkeypatch.setattr(os, "ftruncate", counted)
+    store = Sender(open_store(bucket + "/grows"), 1)
+    for num_bytes in (LARGE_BYTES, LARGE_BYTES, LARGE_BYTES + 9, LARGE_BYTES + 1):
+        store.put("object", os.urandom(num_bytes))
+    assert grown == [LARGE_BYTES, LARGE_BYTES + 9]
+    store.close()
+
+
 def test_more_uploads_than_slots_wait_for_one_and_all_arrive(bucket: str) -> None:
     store = Sender(open_store(bucket + "/many"), 3)
     objects = {f"{i}": os.urandom(LARGE_BYTES + 100_000 * i) for i in range(8)}
