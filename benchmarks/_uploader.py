@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 
-from nltrain.checkpoint.transfer import Puts, write_files
+from nltrain.checkpoint.transfer import Hashed, Puts, write_files
 from nltrain.store import open_store
 from nltrain.store.sender import Sender
 
@@ -30,25 +30,26 @@ class _StoppedError(Exception):
 class Uploader(threading.Thread):
     """Writes files while `running`, four at a time, each hashed; counts the bytes of those that are stored.
 
-    `way`: "process", through a process of its own; "thread", from threads of this process; "unhashed", through the
-    process, one file after the other and without hashing, which leaves only what the process itself costs.
+    `way`: "process", through a process of its own; "one by one", the same, one file after the other; "thread", from
+    threads of this process.
     """
 
     def __init__(self, url: str, other_cores: list[int]) -> None:
         super().__init__(daemon=True)
         store = open_store(url)
-        self._stores: dict[str, Puts] = {"process": Sender(store, NUM_THREADS), "thread": store}
-        self._stores["unhashed"] = self._stores["process"]
+        self._stores: dict[str, Puts] = {"process": Sender(store, NUM_THREADS), "thread": Hashed(store)}
+        self._stores["one by one"] = self._stores["process"]
         self._cores, self._data = other_cores, memoryview(bytearray(FILE_BYTES))
         self._lock = threading.Lock()
         self.way, self.num_bytes = "process", 0
         self.running, self.idle = threading.Event(), threading.Event()
 
-    def put(self, key: str, data: bytes | memoryview) -> None:
-        """Create or replace the object, in the present way."""
-        self._stores[self.way].put(key, data)
+    def put(self, key: str, data: bytes | memoryview) -> str:
+        """Create or replace the object, in the present way; returns its sha256."""
+        digest = self._stores[self.way].put(key, data)
         with self._lock:
             self.num_bytes += len(data)
+        return digest
 
     def run(self) -> None:
         """Save after save while `running`; ends with the process."""
@@ -58,7 +59,7 @@ class Uploader(threading.Thread):
             self.idle.set()
             self.running.wait()
             self.idle.clear()
-            while self.way == "unhashed" and self.running.is_set():
+            while self.way == "one by one" and self.running.is_set():
                 self.put("file", self._data)
             try:
                 write_files(self, files, NUM_THREADS)

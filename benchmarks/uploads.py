@@ -10,8 +10,8 @@ The kernel's account of the loop's thread tells three things apart: it runs; it 
 process of this machine took; it does neither, and then waits for the interpreter's lock. A step's time here is without
 the second: no process of an upload may run on the loop's core, so that wait belongs to what else this machine does.
 It is printed all the same, and so is what this machine can resolve: "alone again" is the loop without uploads,
-"neighbour" the same uploads from a process that shares nothing with the loop but the machine, and "unhashed" one file
-at a time through the process, without hashing.
+"neighbour" the same uploads from a process that shares nothing with the loop but the machine, and "one by one" a single
+file at a time through the process.
 
 Windows of one round run there and back (A B C C B A); a ratio is that of a round's two windows to its two windows
 alone. Printed are the median over rounds and its 95 % interval, from order statistics. --json prints one object as the
@@ -103,7 +103,7 @@ class Beside:
             return self.neighbour.switch(on, lambda: self._steps(0.005))
         uploader = self._uploader
         if on:
-            uploader.way = name if name in ("process", "unhashed") else "thread"
+            uploader.way = name if name in ("process", "one by one") else "thread"
             store_module.UPLOAD_BLOCK_BYTES = THREADS.get(name, store_module.UPLOAD_BLOCK_BYTES)
             uploader.running.set()
         else:
@@ -190,7 +190,7 @@ def main() -> int:
         beside = Beside()
         try:
             rounds, rounds_of_threads = (8, 2) if options.quick else (28, 4)
-            found = measure(beside, ("alone again", "process", "neighbour", "unhashed"), rounds)
+            found = measure(beside, ("alone again", "process", "neighbour", "one by one"), rounds)
             slow = measure(beside, list(THREADS), rounds_of_threads)
         finally:
             beside.neighbour.process.kill()
