@@ -17,6 +17,10 @@ from nltrain.model.mixers import Attention, MemoryMixer
 from nltrain.model.packing import Packing
 from nltrain.model.parts import RMSNorm, TiedEmbedding
 
+# Where documents begin: [B, T] bool, True where one does; or that laid out beside the data (`packing.arrange`), which
+# spares the step a wait for the device; or None for one document per row.
+Documents = Tensor | Packing | None
+
 
 class LanguageModelState(NamedTuple):
     """A batch of sequences in the middle."""
@@ -70,11 +74,11 @@ class LanguageModel(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def _hidden(
-        self, tokens_BT: Tensor, document_starts_BT: Tensor | None, state: LanguageModelState | None
+        self, tokens_BT: Tensor, documents: Documents, state: LanguageModelState | None
     ) -> tuple[Tensor, LanguageModelState]:
         if self.config.compile != "none":
             compiler.require(self.config.compile_backend, tokens_BT.device.type)
-        packing = Packing(tokens_BT, document_starts_BT, state.position if state else None)
+        packing = _packing(tokens_BT, documents, state)
         x = self.embedding(tokens_BT)
         states = []
         for i, block in enumerate(self.blocks):
@@ -83,25 +87,25 @@ class LanguageModel(nn.Module):
         return self.norm(x), LanguageModelState(packing.next_position, tuple(states))
 
     def forward(
-        self, tokens_BT: Tensor, document_starts_BT: Tensor | None = None, state: LanguageModelState | None = None
+        self, tokens_BT: Tensor, documents: Documents = None, state: LanguageModelState | None = None
     ) -> tuple[Tensor, LanguageModelState]:
-        """Logits [B, T, V] and the state after the last token. document_starts_BT: bool, True where one begins."""
-        hidden, state = self._hidden(tokens_BT, document_starts_BT, state)
+        """Logits [B, T, V] and the state after the last token."""
+        hidden, state = self._hidden(tokens_BT, documents, state)
         return self.embedding(hidden), state
 
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, document_starts_BT: Tensor | None = None) -> Tensor:
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, documents: Documents = None) -> Tensor:
         """fp32 scalar: cross entropy in nats, summed over targets != -100."""
-        return self.loss_with_state(tokens_BT, targets_BT, document_starts_BT)[0]
+        return self.loss_with_state(tokens_BT, targets_BT, documents)[0]
 
     def loss_with_state(
         self,
         tokens_BT: Tensor,
         targets_BT: Tensor,
-        document_starts_BT: Tensor | None = None,
+        documents: Documents = None,
         state: LanguageModelState | None = None,
     ) -> tuple[Tensor, LanguageModelState]:
         """`loss` of tokens that continue `state`, and the state after the last token."""
-        hidden, state = self._hidden(tokens_BT, document_starts_BT, state)
+        hidden, state = self._hidden(tokens_BT, documents, state)
         return self.embedding(hidden, targets_BT), state
 
     @torch.no_grad()
@@ -125,7 +129,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def diagnostics(self, tokens_BT: Tensor) -> list[dict[str, Tensor]]:
         """For each block with memories, figures per chunk: eta, alpha, |v|/|k|, |dW|/|W|; see `kernels.diagnostics`."""
-        packing = Packing(tokens_BT, None, None)
+        packing = _packing(tokens_BT, None, None)
         x, figures = self.embedding(tokens_BT), []
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -158,6 +162,16 @@ class LanguageModel(nn.Module):
             if i + 1 < num_new_tokens:
                 logits, state = self.read(token, state)
         return torch.cat(out, 1)
+
+
+def _packing(tokens_BT: Tensor, documents: Documents, state: LanguageModelState | None) -> Packing:
+    """The arrangement of these tokens on their device."""
+    if isinstance(documents, Packing):
+        assert state is None, "an arrangement made beside the data is that of whole sequences"
+        return documents
+    num_sequences, num_tokens = tokens_BT.shape
+    packing = Packing.of((num_sequences, num_tokens), documents, state.position if state else None)
+    return packing.to(tokens_BT.device)
 
 
 def build(config: ModelConfig) -> LanguageModel:
