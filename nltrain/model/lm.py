@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import compiler
 from nltrain.model.config import ATTENTION_FAMILIES, ModelConfig
@@ -59,7 +60,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = TiedEmbedding(config.vocab_size, config.width)
+        self.embedding = TiedEmbedding(config.vocab_size, config.width, config.logits_bytes)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         # Residual branches start small, so that the variance does not grow with depth.
@@ -73,18 +74,45 @@ class LanguageModel(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def _begin(
+        self, tokens_BT: Tensor, documents: Documents, state: LanguageModelState | None
+    ) -> tuple[Packing, Tensor]:
+        """Where documents begin, and the embedded tokens [B, T, D]."""
+        if self.config.compile != "none":
+            compiler.require(self.config.compile_backend, tokens_BT.device.type)
+        return _packing(tokens_BT, documents, state), self.embedding(tokens_BT)
+
     def _hidden(
         self, tokens_BT: Tensor, documents: Documents, state: LanguageModelState | None
     ) -> tuple[Tensor, LanguageModelState]:
-        if self.config.compile != "none":
-            compiler.require(self.config.compile_backend, tokens_BT.device.type)
-        packing = _packing(tokens_BT, documents, state)
-        x = self.embedding(tokens_BT)
+        """The normed output of the last block [B, T, D], and the state after the last token."""
+        packing, x = self._begin(tokens_BT, documents, state)
         states = []
         for i, block in enumerate(self.blocks):
-            x, block_state = block(x, packing, state.blocks[i] if state else None)
-            states.append(block_state)
+            before = state.blocks[i] if state else None
+            if self.config.recompute == "block" and torch.is_grad_enabled():
+                # Nothing in a block is random.
+                x, after = checkpoint(block, x, packing, before, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, after = block(x, packing, before)
+            states.append(after)
         return self.norm(x), LanguageModelState(packing.next_position, tuple(states))
+
+    def _hidden_alone(self, tokens_BT: Tensor, documents: Documents) -> Tensor:
+        """`_hidden` of whole sequences without the state, keeping the inputs of blocks alone for the backward pass.
+
+        Each block's backward pass is one of its own, run after the block was computed again. A sharded engine needs
+        that: it releases the weights of a module after its forward pass and gathers them before its backward pass.
+        """
+        packing, x = self._begin(tokens_BT, documents, None)
+        x = x if x.requires_grad else x.detach().requires_grad_()  # else no block would have a gradient
+
+        def output(block: nn.Module, x: Tensor) -> Tensor:
+            return block(x, packing, None)[0]
+
+        for block in self.blocks:
+            x = checkpoint(output, block, x, use_reentrant=True, preserve_rng_state=False)
+        return self.norm(x)
 
     def forward(
         self, tokens_BT: Tensor, documents: Documents = None, state: LanguageModelState | None = None
@@ -95,6 +123,8 @@ class LanguageModel(nn.Module):
 
     def loss(self, tokens_BT: Tensor, targets_BT: Tensor, documents: Documents = None) -> Tensor:
         """fp32 scalar: cross entropy in nats, summed over targets != -100."""
+        if self.config.recompute == "block" and torch.is_grad_enabled():
+            return self.embedding(self._hidden_alone(tokens_BT, documents), targets_BT)
         return self.loss_with_state(tokens_BT, targets_BT, documents)[0]
 
     def loss_with_state(

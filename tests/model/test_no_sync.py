@@ -12,6 +12,9 @@ from tests.model.configs import ALL_CONFIGS, small
 CONFIGS = ALL_CONFIGS | {
     "hope_default_rule": small("hope", rule=MemoryRule()),
     "hope_recompute_chunks": small("hope", recompute="chunks"),
+    "hope_recompute_block": small("hope", recompute="block"),
+    "transformer_recompute_block": small("transformer", recompute="block"),
+    "hope_loss_in_pieces": small("hope", logits_bytes=1),
     "hope_truncated": small("hope", truncate_chunks=1),
 }
 
@@ -41,7 +44,7 @@ def test_a_micro_step_of_the_whole_model_reads_nothing_from_its_device(name: str
 
 @pytest.mark.parametrize("family", ["hope", "transformer"])
 def test_nor_does_one_of_the_jobs_models(family: str) -> None:
-    config = replace(preset(family, "1p3b"), num_layers=1, recompute="chunks")
+    config = replace(preset(family, "1p3b"), num_layers=1, recompute="block")
     _step(config, _starts(200), torch.bfloat16)
 
 
