@@ -132,7 +132,7 @@ class _BlockLoop:
         for first in range(0, num_blocks, group):
             arguments = (*running, first, min(first + group, num_blocks))
             if group < num_blocks:
-                out, *after = checkpoint(self.run_group, *arguments, use_reentrant=False)
+                out, *after = checkpoint(self.run_group, *arguments, use_reentrant=False, preserve_rng_state=False)
             else:
                 out, *after = self.run_group(*arguments)
             running = tuple(after)  # type: ignore[assignment]

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -31,7 +32,7 @@ from nltrain.fragment import Fragment
 from nltrain.levels.digest import weights_sha256
 from nltrain.levels.guard import MicroStep
 from nltrain.levels.scheduler import LevelScheduler, Tick
-from nltrain.model import build
+from nltrain.model import arrange, build
 from nltrain.resume import data_changes, rank_seed, saved_rank_states, schedule_changes, seed_all
 from nltrain.saving import SaveLog
 from nltrain.store import open_store
@@ -125,7 +126,7 @@ class Run:
         self._steps.start_at(self.tokens)
         self._announce(loaded)
         samples = samples_of(self.config, self.tokens, self.rank, self.world_size)
-        self._stream = TokenStream(self.config.data, self.order, samples)
+        self._stream = TokenStream(self.config.data, self.order, samples, partial(arrange, self.config.model))
         if loaded and (due := self.due_evaluations()):
             # The attempt before saved at this T first, and may have ended before it evaluated.
             names = [evaluation.name for evaluation in due]
