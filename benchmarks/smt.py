@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks._dispatched import count, flops
 from benchmarks._memory_cases import Case, errors, evaluate, leaves, make_case, relative, with_leaves
 from kernels import MemoryRule, chunk, naive
 from kernels.cost import forward_flops_per_token, inverse_flops, published_flops_per_token, saved_bytes_per_block
@@ -44,16 +43,6 @@ RULES = {
     "momentum": MemoryRule(momentum=True),
     "matrix": MemoryRule(memory="matrix"),
 }
-
-
-class _Ops(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
 
 
 def _big_case(rule: MemoryRule, num_heads: int = 1) -> Case:
@@ -110,27 +99,18 @@ def counts() -> dict[str, float]:
     out: dict[str, float] = {}
     for prefix, rule in (("", MemoryRule()), ("letter_", MemoryRule(read="frozen", decay="literal"))):
         case = _big_case(rule)
-
-        def solve(a: Any, b: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-            return b[-1] * a[-1] ** 2 * (torch.Size(a).numel() // a[-1] ** 2)
-
-        with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: solve}) as counter:
-            _run(chunk, case)
+        counted = flops(lambda case=case: _run(chunk, case))
         formula = forward_flops_per_token(rule, HEAD_DIM, HIDDEN) * NUM_TOKENS
-        out[f"{prefix}flops_over_formula"] = counter.get_total_flops() / formula
+        out[f"{prefix}flops_over_formula"] = counted / formula
         published = published_flops_per_token(rule, HEAD_DIM, HIDDEN) * NUM_TOKENS
-        out[f"{prefix}flops_over_published"] = counter.get_total_flops() / published
+        out[f"{prefix}flops_over_published"] = counted / published
     assert inverse_flops(16) == 16**3
 
     case = _big_case(MemoryRule())
-    with _Ops() as ops:
-        _run(chunk, case)
-    out["ops_per_token"] = ops.count / NUM_TOKENS
+    out["ops_per_token"] = count(lambda: _run(chunk, case))[0] / NUM_TOKENS
     named = {n: t.clone().requires_grad_() for n, t in leaves(case).items()}
     live = with_leaves(case, named)
-    with _Ops() as ops:
-        _run(chunk, live).sum().backward()
-    out["ops_per_token_with_backward"] = ops.count / NUM_TOKENS
+    out["ops_per_token_with_backward"] = count(lambda: _run(chunk, live).sum().backward())[0] / NUM_TOKENS
 
     storages: dict[int, int] = {}
     kept = []

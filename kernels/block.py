@@ -148,6 +148,17 @@ def _per_head(lambda_d: Any) -> Any:
     return lambda_d.unsqueeze(-1) if isinstance(lambda_d, Tensor) else lambda_d
 
 
+def erasure_by_row(rule: MemoryRule, num_sequences: int, num_heads: int, like: Tensor) -> Any:
+    """The weight of the erasure: a number, or [N, 1] of the dtype of `like` where heads differ.
+
+    Raises MemoryRuleError if a per-head option does not fit `num_heads`. N runs over sequences, then heads.
+    """
+    rule.check_heads(num_heads)
+    if not isinstance(rule.lambda_d, tuple):
+        return rule.lambda_d
+    return like.new_tensor(rule.lambda_d).repeat(num_sequences).unsqueeze(1)
+
+
 class BlockStep:
     """The constants of one call: rule, sizes, initial weights folded over sequences and heads; called per block."""
 
@@ -169,11 +180,7 @@ class BlockStep:
         self.base = initial.weights.map(fold)
         self.slow = fold(initial.slow.transpose(0, 1))  # [N, 2, d]
         self.bias = fold(initial.bias.transpose(0, 1)).unsqueeze(1)  # [N, 1, 2]
-        rule.check_heads(self.num_heads)
-        # [N, 1] where heads differ; N runs over sequences, then heads.
-        self.lambda_d: Any = rule.lambda_d
-        if isinstance(rule.lambda_d, tuple):
-            self.lambda_d = w2.new_tensor(rule.lambda_d, dtype=dtype).repeat(num_sequences).unsqueeze(1)
+        self.lambda_d = erasure_by_row(rule, num_sequences, self.num_heads, self.slow)
         self.gate_columns = [GATES.index(name) for name in rule.gate_names]
         self.adaptive_slow = self.slow if self.num_gates == len(GATES) else self.slow[:, self.gate_columns]
         # What belongs to the main memory's schedule.

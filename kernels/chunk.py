@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kernels.block import BlockStep
+from kernels import stacked, stacked_loop
+from kernels.block import BlockStep, erasure_by_row
 from kernels.blocking import Blocking, build_blocking
 from kernels.ops import l2norm
 from kernels.rule import MemoryRule
+from kernels.stacked import forward_block
+from kernels.stacked_backward import backward_block
 from kernels.state import Initial, Inputs, MemoryState, Weights, fresh_state
 
 # Start, run and velocity: the state between two blocks, folded to [N, ...]. The velocity is None without momentum.
@@ -26,8 +29,8 @@ Running = tuple[Weights, Weights, Weights | None]
 
 
 @cache
-def _compiled_call(backend: str) -> Callable[..., Any]:
-    return torch.compile(BlockStep.__call__, dynamic=False, backend=backend)
+def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False, backend=backend)
 
 
 def self_modify(
@@ -41,19 +44,23 @@ def self_modify(
     recompute: bool = False,
     compile_backend: str | None = None,
     truncate_blocks: int | None = None,
+    general: bool = False,
 ) -> tuple[Tensor, MemoryState]:
     """Outputs o [B, T, H, d] and the state after the last token, as `naive.self_modify`.
 
     document_starts: [B, T] bool, None for none. blocking: the result of `build_blocking` for these arguments, so that
     several layers can share it. recompute: keep only every sqrt(blocks)-th state for the backward pass.
     compile_backend: run each block through torch.compile with this back end. truncate_blocks: detach the state every so
-    many blocks. The outputs have the dtype of the inputs, the state has at least fp32.
+    many blocks. general: use `block` for every rule, also for those that `stacked` computes in fewer launches. The
+    outputs have the dtype of the inputs, the state has at least fp32.
     """
     num_sequences, num_tokens, num_heads, _ = inputs.k.shape
     dtype = torch.promote_types(inputs.k.dtype, torch.float32)
     if blocking is None:
         position = state.position if state is not None else torch.zeros(num_sequences, dtype=torch.long)
         blocking = build_blocking(rule, num_tokens, position.to(inputs.k.device), document_starts)
+    if stacked.supports(rule) and not general:
+        return _run_stacked(inputs, initial, rule, state, blocking, recompute, compile_backend, truncate_blocks)
     step = BlockStep(rule, initial, num_sequences, dtype)
     fresh = fresh_state(initial, rule, num_sequences)
     begin = _fold(fresh.run, dtype)
@@ -62,21 +69,49 @@ def self_modify(
         moving = _fold(state.velocity, dtype) if state.velocity is not None else None
         running = (_fold(state.start, dtype), _fold(state.run, dtype), moving)
     x = _by_slot(inputs, rule, blocking, dtype)
+    if rule.normalize_inputs:
+        x = {name: value if name == "beta_logit" else l2norm(value) for name, value in x.items()}
 
     if rule.writes:
         valid = None if blocking.valid is None else blocking.valid.to(dtype).repeat_interleave(num_heads, 0)
-        call = _compiled_call(compile_backend) if compile_backend else BlockStep.__call__
+        call = _compiled(BlockStep.__call__, compile_backend) if compile_backend else BlockStep.__call__
         loop = _BlockLoop(step, blocking, begin, _split(x, blocking), valid, call, truncate_blocks)
-        o, running = loop.run_all(running, recompute)
+        o, running = _run_all(loop.run_group, len(blocking.blocks), running, recompute)
     else:
         o = step.read_only(running[0], x["q"])
 
-    o = o.unflatten(0, (num_sequences, num_heads)).transpose(1, 2)
+    return _finished(o, running, inputs, blocking)
+
+
+def _run_stacked(
+    inputs: Inputs, initial: Initial, rule: MemoryRule, state: MemoryState | None, blocking: Blocking,
+    recompute: bool, compile_backend: str | None, truncate_blocks: int | None,
+) -> tuple[Tensor, MemoryState]:  # fmt: skip
+    """`self_modify` for the rules that `stacked` computes."""
+    num_sequences, _, num_heads, _ = inputs.k.shape
+    dtype = torch.promote_types(inputs.k.dtype, torch.float32)
+    x = _by_slot(inputs, rule, blocking, dtype)
+    calls: Any = (forward_block, backward_block)
+    if compile_backend:
+        calls = tuple(_compiled(function, compile_backend) for function in calls)
+    lambda_d = erasure_by_row(rule, num_sequences, num_heads, x["q"])
+    loop = stacked_loop.build_loop(rule, initial, num_sequences, x, blocking, lambda_d, calls, truncate_blocks)
+    start = run = loop.base.zeros()
+    if state is not None:
+        start, run = (stacked_loop.pack(_fold(weights, dtype)) for weights in (state.start, state.run))
+    o, after = _run_all(loop.run_group, len(blocking.blocks), (start, run, None), recompute)
+    run_after = stacked_loop.unpack(after[1])
+    start_after = run_after if after[0] is after[1] else stacked_loop.unpack(after[0])
+    return _finished(o, (start_after, run_after, None), inputs, blocking)
+
+
+def _finished(o: Tensor, running: Running, inputs: Inputs, blocking: Blocking) -> tuple[Tensor, MemoryState]:
+    """The result of a call: outputs by token and in the dtype of the inputs, and the state by sequence and head."""
+    shape = (inputs.k.shape[0], inputs.k.shape[2])
+    o = o.unflatten(0, shape).transpose(1, 2)
     if blocking.slot is not None:
         o = o.gather(1, blocking.slot[..., None, None].expand(-1, -1, *o.shape[2:]))
-    start, run, velocity = (
-        None if w is None else w.map(lambda t: t.unflatten(0, (num_sequences, num_heads))) for w in running
-    )
+    start, run, velocity = (None if w is None else w.map(lambda t: t.unflatten(0, shape)) for w in running)
     assert start is not None and run is not None
     return o.to(inputs.k.dtype), MemoryState(start, run, velocity, blocking.position)
 
@@ -98,8 +133,6 @@ def _by_slot(inputs: Inputs, rule: MemoryRule, blocking: Blocking, dtype: torch.
 
     names = ("k", "v", "q", "gate") if rule.writes else ("q",)
     x = {name: arrange(getattr(inputs, name)) for name in names}
-    if rule.normalize_inputs:
-        x = {name: l2norm(value) for name, value in x.items()}
     if rule.momentum and rule.writes:
         assert inputs.beta_logit is not None
         x["beta_logit"] = arrange(inputs.beta_logit.unsqueeze(-1)).squeeze(-1)
@@ -110,6 +143,23 @@ def _split(x: dict[str, Tensor], blocking: Blocking) -> dict[str, tuple[Tensor, 
     """Each input cut into blocks. It is split at once, so that its backward is one concatenation."""
     lengths = [block.end - block.begin for block in blocking.blocks]
     return {name: value.split(lengths, 1) for name, value in x.items()}
+
+
+def _run_all(run_group: Callable[..., Any], num_blocks: int, running: Any, recompute: bool) -> tuple[Tensor, Any]:
+    """Outputs [N, S, d] and the state after the last block; with `recompute` by groups that are run again.
+
+    run_group: (start, run, velocity, first block, one past the last) to outputs and the state after them.
+    """
+    group = isqrt(num_blocks - 1) + 1 if recompute and torch.is_grad_enabled() else num_blocks
+    outputs = []
+    for first in range(0, num_blocks, group):
+        arguments = (*running, first, min(first + group, num_blocks))
+        if group < num_blocks:
+            out, *running = checkpoint(run_group, *arguments, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out, *running = run_group(*arguments)
+        outputs.append(out)
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], tuple(running)
 
 
 @dataclass(frozen=True)
@@ -123,21 +173,6 @@ class _BlockLoop:
     valid: Tensor | None  # [N, S] 1 where a slot holds a token; None: every slot does
     call: Callable[..., Any]  # BlockStep.__call__, or the same compiled
     truncate_blocks: int | None
-
-    def run_all(self, running: Running, recompute: bool) -> tuple[Tensor, Running]:
-        """Outputs [N, S, d] and the state after the last block; with `recompute` by groups that are run again."""
-        num_blocks = len(self.blocking.blocks)
-        group = isqrt(num_blocks - 1) + 1 if recompute and torch.is_grad_enabled() else num_blocks
-        outputs = []
-        for first in range(0, num_blocks, group):
-            arguments = (*running, first, min(first + group, num_blocks))
-            if group < num_blocks:
-                out, *after = checkpoint(self.run_group, *arguments, use_reentrant=False, preserve_rng_state=False)
-            else:
-                out, *after = self.run_group(*arguments)
-            running = tuple(after)  # type: ignore[assignment]
-            outputs.append(out)
-        return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], running
 
     def run_group(
         self, start: Weights, run: Weights, velocity: Any, first: int, last: int

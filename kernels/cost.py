@@ -61,10 +61,10 @@ def published_flops_per_token(rule: MemoryRule, d: int, h: int) -> float:
 def saved_bytes_per_block(tokens: int, d: int, h: int) -> float:
     """Bytes kept for the backward pass per block and head: defaults, five memories, fp32.
 
-    In fp32 values: 66 c h (13 arrays over the stacked rows 5h, one over h), 24 c d (inputs, k, v, q, errors with their
-    norms and what W1 was written), 19.5 c^2 (decay ratios; Gram matrix and inverse of k and of every memory; masked
-    products; two masks of one byte), 18 d h (2 copies of all matrices: the snapshot, and the state scaled by the decay;
-    W1 once more for its erasure), 28 c scalars.
+    In fp32 values: 51 c h (8 arrays over the 5 h hidden units of all memories, two of them twice, at k and at v; 2 over
+    those of the four that generate; 3 over one), 19 c d (inputs, k and v with what multiplies k, errors and what W1 was
+    written), 15 c^2 (decay ratios; Gram matrix and inverse of k and of every memory; masked products), 16 d h (2 copies
+    of all matrices: the snapshot, and the state), 46 c scalars.
     """
     c = tokens
-    return 4 * (66 * c * h + 24 * c * d + 19.5 * c * c + 18 * d * h + 28 * c)
+    return 4 * (51 * c * h + 19 * c * d + 15 * c * c + 16 * d * h + 46 * c)

@@ -171,3 +171,33 @@ def solve_systems(lower: Tensor, rights: list[Tensor]) -> tuple[Tensor, ...]:
     strictly lower mask.
     """
     return _SolveSystems.apply(lower, *rights)  # type: ignore[no-any-return]
+
+
+def unit_lower_inverse_of_difference(lower: Tensor) -> Tensor:
+    """(I - lower)^-1 for strictly lower triangular [M, c, c]; without autograd, and in few launches.
+
+    As `unit_lower_inverse`: substitution on diagonal blocks of at most 16, then products for the corners
+    T21 = T22 lower21 T11.
+    """
+    num, c = lower.shape[0], lower.shape[-1]
+    size = c
+    while size > DIAGONAL and size % 2 == 0:
+        size //= 2
+
+    def on_diagonal(x: Tensor, size: int) -> Tensor:
+        """The blocks on the diagonal: [M, c / size, size, size], a view."""
+        return x.view(num, c // size, size, c // size, size).diagonal(0, 1, 3).permute(0, 3, 1, 2)
+
+    eye = torch.eye(size, dtype=lower.dtype, device=lower.device)
+    diagonal = on_diagonal(lower, size).neg()
+    first = torch.linalg.solve_triangular(diagonal, eye.expand_as(diagonal), upper=False, unitriangular=True)
+    if size == c:
+        return first.squeeze(1)
+    inverse = torch.zeros_like(lower)
+    on_diagonal(inverse, size).copy_(first)
+    while size < c:
+        blocks, done = on_diagonal(lower, 2 * size), on_diagonal(inverse, 2 * size)
+        corner = products(done[..., size:, size:], blocks[..., size:, :size])
+        done[..., size:, :size].copy_(products(corner, done[..., :size, :size]))
+        size *= 2
+    return inverse

@@ -6,15 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks._dispatched import flops
 from benchmarks._memory_cases import leaves, make_case, with_leaves
 from kernels import MemoryRule, Weights, chunk
 from kernels.cost import forward_flops_per_token
-
-
-def _solve_flops(a: tuple[int, ...], b: tuple[int, ...], *_: object, **__: object) -> int:
-    return torch.Size(a[:-2]).numel() * a[-1] ** 2 * b[-1]
 
 
 @pytest.mark.parametrize(
@@ -37,11 +33,9 @@ def _solve_flops(a: tuple[int, ...], b: tuple[int, ...], *_: object, **__: objec
 def test_counted_flops_equal_the_formula(changes: dict) -> None:
     rule = MemoryRule(**changes)
     case = make_case(rule, 128, 1, num_heads=1, head_dim=16, hidden=24)
-    with FlopCounterMode(
-        display=False, custom_mapping={torch.ops.aten.linalg_solve_triangular: _solve_flops}
-    ) as counter:
-        chunk.self_modify(case.inputs, case.initial, rule)
-    assert counter.get_total_flops() / 128 == pytest.approx(forward_flops_per_token(rule, 16, 24), rel=0.01)
+    for general in (False, True):
+        counted = flops(lambda general=general: chunk.self_modify(case.inputs, case.initial, rule, general=general))
+        assert counted / 128 == pytest.approx(forward_flops_per_token(rule, 16, 24), rel=0.01)
 
 
 def test_recomputing_keeps_states_that_grow_with_the_square_root(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from kernels.ops import (
     solve_systems,
     unit_and_length,
     unit_lower_inverse,
+    unit_lower_inverse_of_difference,
 )
 from kernels.rule import MemoryRule
 
@@ -72,3 +73,9 @@ def test_products_over_equal_leading_dimensions() -> None:
     a, b = _normal(2, 3, 4, 5), _normal(2, 3, 5, 6, seed=1)
     torch.testing.assert_close(products(a, b), a @ b)
     torch.testing.assert_close(products(a[0], b[0]), a[0] @ b[0])
+
+
+@pytest.mark.parametrize("size", [1, 16, 17, 48, 64])
+def test_the_inverse_without_autograd(size: int) -> None:
+    lower = (_normal(3, size, size) / size).tril(-1)
+    torch.testing.assert_close(unit_lower_inverse_of_difference(lower), unit_lower_inverse(-lower))
