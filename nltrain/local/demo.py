@@ -223,7 +223,7 @@ class Demo:
 
 @contextlib.contextmanager
 def kill_one_rank_half_way(run_folder: Path) -> Iterator[None]:
-    """While inside: SIGKILL the run's highest rank, once, when half of the tokens are trained."""
+    """While inside: SIGKILL the run's highest rank, once, when half of the tokens are trained and a save is there."""
     done = threading.Event()
     killer = threading.Thread(target=_kill_when_half, args=(run_folder, done), daemon=True)
     killer.start()
@@ -235,10 +235,12 @@ def kill_one_rank_half_way(run_folder: Path) -> Iterator[None]:
 
 
 def _kill_when_half(run_folder: Path, done: threading.Event) -> None:
+    saved = False
     for row in tail(run_folder / FOLDER / "attempt_0001.jsonl"):
         if done.is_set():
             return
-        if row is None or row["kind"] != "step" or 2 * row["tokens"] < row["total_tokens"]:
+        saved = saved or (row is not None and row["kind"] == "checkpoint")
+        if not saved or row is None or row["kind"] != "step" or 2 * row["tokens"] < row["total_tokens"]:
             continue
         path = sorted((run_folder / "ranks").glob("rank_*.json"))[-1]
         rank = json.loads(path.read_text())

@@ -3,11 +3,10 @@
 An upload takes the interpreter's lock once per block, over TLS once per 16 KiB; a loop that launches small operations
 waits for each of them. `Sender` writes an object's bytes into memory that it shares with one process, in a single
 call that holds no lock, and that process hashes and puts them. Every call of the system gives the lock up and takes it
-again, so an object makes four: is the process there, the copy, the announcement, the answer. A thread that has just
-taken the lock must not wait for a core meanwhile, so the process yields to everything else (`NICENESS`). What takes few
-blocks is put directly. Each of `num_slots` uploads at a time has memory of its own, as large as the largest object it
-carried. The process starts with the first large object and ends with its owner, however that ends. Started as a file;
-it imports neither torch nor ray.
+again, so an object makes four: is the process there, the copy, the announcement, the answer. What takes few blocks is
+put directly. Each of `num_slots` uploads at a time has memory of its own, as large as the largest object it carried.
+The process starts with the first large object and ends with its owner, however that ends. Started as a file; it imports
+neither torch nor ray.
 
     python sender.py '{"url": "s3://bucket/runs", "slots": [[5, 6], [7, 8]], ...}'
 """
@@ -36,7 +35,6 @@ from nltrain.store.s3 import S3Store
 
 LARGE_BYTES = 4 << 20
 CLOSE_TIMEOUT_S = 10.0
-NICENESS = 10
 OPTIONS = ("attempts", "timeout_s", "backoff_s")  # of an S3Store
 
 
@@ -198,7 +196,6 @@ def _serve(store: S3Store, line: socket.socket, memory_fd: int) -> None:
 
 
 def _main(what: dict[str, Any]) -> None:
-    os.nice(NICENESS)
     store = S3Store(what["url"], **{name: what[name] for name in OPTIONS})
     for line_fd, memory_fd in what["slots"]:
         line = socket.socket(fileno=line_fd)
