@@ -28,6 +28,7 @@ def measured(quick: bool) -> dict[str, float]:
     if quick:
         return out
     out["kernels_per_micro_step_1p3b"] = micro_step_kernels()
+    out["kernels_per_micro_step_1p3b_documents_of_500"] = micro_step_kernels(document_tokens=500)
     out["kernels_per_micro_step_1p3b_recompute_chunks"] = micro_step_kernels(recompute="chunks")
     return out
 
