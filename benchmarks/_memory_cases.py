@@ -74,8 +74,15 @@ def with_leaves(case: Case, named: dict[str, Tensor]) -> Case:
     return case._replace(inputs=inputs, initial=Initial(weights, named["slow"], named["bias"]))
 
 
-def evaluate(form: Any, case: Case, seed: int = 7) -> Result:
-    """Runs one form and differentiates a random functional of its outputs and its final state."""
+def evaluate(form: Any, case: Case, seed: int = 7, *, gradients: bool = True) -> Result:
+    """Runs one form and differentiates a random functional of its outputs and its final state.
+
+    gradients: False runs the forward alone; the result holds no gradient.
+    """
+    if not gradients:
+        with torch.no_grad():
+            output, state = form.self_modify(case.inputs, case.initial, case.rule, case.state, case.document_starts)
+        return Result(output, state.to_tensors(), {})
     named = {n: t.detach().clone().requires_grad_() for n, t in leaves(case).items()}
     live = with_leaves(case, named)
     output, state = form.self_modify(live.inputs, live.initial, live.rule, live.state, live.document_starts)

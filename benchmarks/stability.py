@@ -105,7 +105,7 @@ def judge(model: LanguageModel, tokens: Tensor, bfloat16: bool = False) -> tuple
     Finite are outputs, states and gradients (by every input of the memories, through all writes).
     """
     block = model.blocks[0]
-    mixer, packing = block.mixer, Packing(tokens, None, None)
+    mixer, packing = block.mixer, Packing.of(tuple(tokens.shape)).to(tokens.device)
     with torch.no_grad():
         inputs, _ = mixer._inputs(block.norm(model.embedding(tokens)), packing, None)  # type: ignore[operator]
         if bfloat16:

@@ -33,7 +33,8 @@ def activation(rule: MemoryRule, a: Tensor) -> Tensor:
 def activation_slope(rule: MemoryRule, a: Tensor) -> Tensor:
     """Its derivative."""
     if rule.activation == "silu":
-        return a.sigmoid() * (1 + a * (1 - a.sigmoid()))
+        gate = a.sigmoid()
+        return gate * (1 + a * (1 - gate))
     return 0.5 * (1 + torch.erf(a * 0.5**0.5)) + a * torch.exp(-0.5 * a * a) * (0.5 / torch.pi) ** 0.5
 
 
@@ -59,28 +60,37 @@ class Memory:
     def __call__(self, z: Tensor) -> Tensor:
         """M(z) of Eq. 89, [B, H, d] -> [B, H, d], or [B, H, 1] for a gate: w.z + W1 act(W2 z)."""
         y = _apply(self.w2, z)
-        if self.w1 is not None:
-            y = _apply(self.w1, activation(self.rule, y))
+        return self._output(z, y if self.w1 is None else activation(self.rule, y))
+
+    def _output(self, z: Tensor, s: Tensor) -> Tensor:
+        """M(z), given s = act(W2 z), or W2 z for a matrix."""
+        y = s if self.w1 is None else _apply(self.w1, s)
         if self.slow is not None:
             return y + (self.slow * z).sum(-1, keepdim=True)
         return y + z if self.rule.residual else y
 
     def gradient(self, k: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Gradient of the inner objective at (k, target): of W2, of W1, and act(W2 k) (None twice for a matrix)."""
-        error = self(k) - target if self.rule.objective == "l2" else -target
+        """Gradient of the inner objective at (k, target): of W2, of W1, and l2norm(act(W2 k)).
+
+        The last two are None for a matrix.
+        """
+        a = _apply(self.w2, k)
+        s = a if self.w1 is None else activation(self.rule, a)
+        error = self._output(k, s) - target if self.rule.objective == "l2" else -target
         if self.w1 is None:
             return _outer(soft_bound(self.rule, error), k), None, None
-        a = _apply(self.w2, k)
-        s = activation(self.rule, a)
         delta = _apply(self.w1.transpose(-1, -2), error) * activation_slope(self.rule, a)
+        square = s.square().sum(-1, keepdim=True)
         if self.rule.normalized_step:
-            error = error / (1 + s.square().sum(-1, keepdim=True))
-        length = (s.square().sum(-1, keepdim=True) + L2_EPS).sqrt()  # error s^T = (length error) (s / length)^T
-        return _outer(soft_bound(self.rule, delta), k), _outer(soft_bound(self.rule, length * error), s / length), s
+            error = error / (1 + square)
+        length = (square + L2_EPS).sqrt()  # error s^T = (length error) (s / length)^T
+        unit = s / length
+        return _outer(soft_bound(self.rule, delta), k), _outer(soft_bound(self.rule, length * error), unit), unit
 
 
 def _apply(w: Tensor, z: Tensor) -> Tensor:
-    return (w @ z.unsqueeze(-1)).squeeze(-1)
+    # For the small matrices of a token, a product and a sum take less time than a batched matmul.
+    return (w * z.unsqueeze(-2)).sum(-1)
 
 
 def _outer(a: Tensor, b: Tensor) -> Tensor:
@@ -127,7 +137,14 @@ class _Layer:
     """What one call keeps constant (rule, inputs, initial weights), and the parts of one token's step."""
 
     def __init__(self, inputs: Inputs, initial: Initial, rule: MemoryRule, fresh: MemoryState) -> None:
-        self.inputs, self.rule, self.bias = inputs, rule, initial.bias
+        self.rule = rule
+        normal = l2norm if rule.normalize_inputs else lambda x: x
+        # By name, one [B, H, d] per token: cut at once, so that the backward joins the tokens in one operation.
+        self.x = {name: normal(getattr(inputs, name)).unbind(1) for name in ("k", "v", "q", "gate")}
+        self.beta: Any = None  # one [B, H, 1, 1] per token, only with momentum
+        if inputs.beta_logit is not None:
+            self.beta = inputs.beta_logit.sigmoid()[..., None, None].unbind(1)
+        self.bias = initial.bias.unsqueeze(-1).unbind(0)  # [H, 1] of the eta and alpha logits
         self.head_dim = inputs.k.shape[-1]
         self.hidden = initial.weights.w1.shape[-1] if initial.weights.w1 is not None else 0
         self.names = rule.full_names + rule.gate_names
@@ -140,6 +157,10 @@ class _Layer:
         """The stacked weights by memory."""
         return _unpack(self.rule, weights, self.head_dim, self.hidden)
 
+    def memories(self, weights: Memories) -> dict[str, Memory]:
+        """Every memory, by name, with its whole weights."""
+        return {name: self.memory(weights, name) for name in self.names}
+
     def memory(self, weights: Memories, name: str) -> Memory:
         """The memory `name` with its whole weights, given what the state holds of them."""
         w2, w1 = weights[name]
@@ -151,10 +172,11 @@ class _Layer:
         """`new` in the rows of the mask and for the memories in `only` (None: all), `old` elsewhere."""
         if not bool(mask_B.any()):
             return old
+        whole = bool(mask_B.all())
         mixed = dict(old)
         for name in self.names if only is None else only:
             pairs = zip(new[name], old[name], strict=True)
-            mixed[name] = [o if o is None else _rows(mask_B, w, o) for w, o in pairs]
+            mixed[name] = new[name] if whole else [o if o is None else _rows(mask_B, w, o) for w, o in pairs]
         return mixed
 
     def snapshot(self, start: Memories, run: Memories, position: Tensor) -> Memories:
@@ -163,43 +185,40 @@ class _Layer:
         others = tuple(name for name in self.names if name != "mem")
         return self.replaced(position % self.rule.chunk_other == 0, run, start, others)
 
-    def generated(self, start: Memories, t: int) -> Generated:
+    def generated(self, start: dict[str, Memory], t: int) -> Generated:
         """Eq. 83: the snapshot generates everything that token t writes and reads with."""
-        rule = self.rule
-        normal = l2norm if rule.normalize_inputs else lambda x: x
-        x = {name: normal(getattr(self.inputs, name)[:, t]) for name in ("k", "v", "q", "gate")}
-        made = {n: self.memory(start, n)(x[n]) if n in rule.adaptive else x[n] for n in ("k", "v", "q")}
+        rule, x = self.rule, {name: tokens[t] for name, tokens in self.x.items()}
+        made = {n: start[n](x[n]) if n in rule.adaptive else x[n] for n in ("k", "v", "q")}
         k, q = l2norm(made["k"]), l2norm(made["q"])
         v = l2norm(made["v"]) if rule.normalize_v else made["v"]
 
         def logit(name: str, index: int) -> Tensor:
             if name in rule.adaptive:
-                return self.memory(start, name)(x["gate"]) + self.bias[index, :, None]
-            return (self.slow[name] * x["gate"]).sum(-1, keepdim=True) + self.bias[index, :, None]
+                return start[name](x["gate"]) + self.bias[index]
+            return (self.slow[name] * x["gate"]).sum(-1, keepdim=True) + self.bias[index]
 
         eta_logit, alpha_logit = logit("eta", 0), logit("alpha", 1)
         eta = rule.eta_limit * eta_share(rule, eta_logit).unsqueeze(-1)
         return Generated(k, v, q, eta, alpha_logit.sigmoid().unsqueeze(-1))
 
-    def target(self, start: Memories, name: str, k: Tensor, v: Tensor) -> Tensor:
+    def target(self, name: str, memory: Memory, k: Tensor, v: Tensor) -> Tensor:
         """Eq. 84: what memory `name` should map k to."""
         rule, full = self.rule, name in self.rule.full_names
-        target = self.memory(start, name)(v)
-        if rule.target == "value":
-            target = v if full else self.memory(start, name)(k)
+        value = rule.target == "value"
+        target = v if value and full else memory(k if value else v)
         return l2norm(target) if rule.normalize_target and full else target
 
     def written(
-        self, start: Memories, run: Memories, velocity: Memories | None, made: Generated, t: int
+        self, start: dict[str, Memory], run: Memories, velocity: Memories | None, made: Generated, t: int
     ) -> tuple[Memories, Memories | None]:
         """Eq. 85-88: gradient at the snapshot, decay and erasure on the running weights; the new run and velocity."""
-        beta_logit: Any = self.inputs.beta_logit  # [B, T, H], only with momentum
         new: Memories = {}
         moved: Memories | None = None if velocity is None else {}
+        minus_eta, erasure = -made.eta, self.lambda_d * made.eta
         for name in self.names:
-            target = self.target(start, name, made.k, made.v)
-            g2, g1, s = self.memory(start, name).gradient(made.k, target)
-            keys: list[Any] = [made.k, l2norm(s) if s is not None and self.rule.erases_output_side else None]
+            target = self.target(name, start[name], made.k, made.v)
+            g2, g1, unit = start[name].gradient(made.k, target)
+            keys: list[Any] = [made.k, unit if self.rule.erases_output_side else None]
             new[name], speeds = [], list[Any]()
             for i, gradient in enumerate((g2, g1)):
                 w = run[name][i]
@@ -207,14 +226,13 @@ class _Layer:
                     new[name].append(None)
                     speeds.append(None)
                     continue
-                step = -made.eta * gradient
+                step = minus_eta * gradient
                 if velocity is not None:
-                    beta = beta_logit[:, t].sigmoid()[..., None, None]
-                    step = beta * velocity[name][i] + step
+                    step = self.beta[t] * velocity[name][i] + step
                 speeds.append(step)
                 erased = made.alpha * w
                 if keys[i] is not None and self.rule.erases:
-                    erased = erased - self.lambda_d * made.eta * _outer(_apply(w, keys[i]), keys[i])
+                    erased = erased - _outer(erasure.squeeze(-1) * _apply(w, keys[i]), keys[i])
                 new[name].append(erased + step)
             if moved is not None:
                 moved[name] = speeds
@@ -234,22 +252,25 @@ def self_modify(
     layer = _Layer(inputs, initial, rule, fresh)
     start, run, position = layer.unpack(state.start), layer.unpack(state.run), state.position
     velocity = layer.unpack(state.velocity) if state.velocity is not None else None
-    outputs = []
+    still = layer.unpack(fresh.velocity) if fresh.velocity is not None else {}
+    memories, outputs = layer.memories(start), []
     for t in range(inputs.k.shape[1]):
         if document_starts is not None:
             resets = document_starts[:, t]
             run = layer.replaced(resets, layer.begin, run)
             if velocity is not None:
-                zeros = {n: [w if w is None else w * 0 for w in layer.begin[n]] for n in layer.names}
-                velocity = layer.replaced(resets, zeros, velocity)
+                velocity = layer.replaced(resets, still, velocity)
             position = torch.where(resets, 0, position)
-        start = layer.snapshot(start, run, position)
-        made = layer.generated(start, t)
+        begun = layer.snapshot(start, run, position)
+        if begun is not start:
+            start, memories = begun, layer.memories(begun)
+        made = layer.generated(memories, t)
         if rule.writes:
-            run, velocity = layer.written(start, run, velocity, made, t)
+            run, velocity = layer.written(memories, run, velocity, made, t)
         position = position + 1
         # Eq. 90 reads the snapshot; the live read sees this token's own write.
-        outputs.append(layer.memory(run if rule.read == "live" else start, "mem")(made.q))
+        memory = layer.memory(run, "mem") if rule.read == "live" else memories["mem"]
+        outputs.append(memory(made.q))
     start = layer.snapshot(start, run, position)
     packed = _pack(rule, velocity) if velocity is not None else None
     return torch.stack(outputs, 1), MemoryState(_pack(rule, start), _pack(rule, run), packed, position)

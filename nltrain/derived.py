@@ -1,12 +1,14 @@
 """Plain values that the rooms are given, computed from a run's config: pure functions, and the same on every rank."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 
 from nltrain.config import RunConfig, to_dict
 from nltrain.evaluate.protocol import Setting
 from nltrain.levels.quantum import cut_quantum
+from nltrain.model import arrange
 from nltrain.track.record import RunFacts
 
 
@@ -44,6 +46,7 @@ def evaluation_setting(config: RunConfig, rank: int, world_size: int, device: to
         rank=rank,
         world_size=world_size,
         device=device,
+        arrange=partial(arrange, config.model),
     )
 
 

@@ -23,7 +23,7 @@ def train(config: RunConfig, supervision: Supervision | None = None) -> dict[str
         for quantum in run.quanta():
             for batch in run.micro_batches(quantum):
                 run.levels.start_micro_step()
-                loss_sum = run.model.loss(batch.tokens, batch.targets, batch.document_starts)
+                loss_sum = run.model.loss(batch.tokens, batch.targets, batch.documents)
                 run.meter.forward_ended()
                 run.count(batch, run.levels.backward(loss_sum, batch.num_targets))
             ticks = run.levels.finish_quantum()

@@ -9,6 +9,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Self
 
 import torch
@@ -31,7 +32,7 @@ from nltrain.fragment import Fragment
 from nltrain.levels.digest import weights_sha256
 from nltrain.levels.guard import MicroStep
 from nltrain.levels.scheduler import LevelScheduler, Tick
-from nltrain.model import build
+from nltrain.model import arrange, build
 from nltrain.resume import data_changes, rank_seed, saved_rank_states, schedule_changes, seed_all
 from nltrain.saving import SaveLog
 from nltrain.store import open_store
@@ -43,6 +44,7 @@ from nltrain.supervision import (
     TRAINING,
     VALIDATING,
     WAITING_FOR_DATA,
+    WAITING_FOR_SAVE,
     Supervision,
     Unsupervised,
     Wish,
@@ -124,7 +126,7 @@ class Run:
         self._steps.start_at(self.tokens)
         self._announce(loaded)
         samples = samples_of(self.config, self.tokens, self.rank, self.world_size)
-        self._stream = TokenStream(self.config.data, self.order, samples)
+        self._stream = TokenStream(self.config.data, self.order, samples, partial(arrange, self.config.model))
         if loaded and (due := self.due_evaluations()):
             # The attempt before saved at this T first, and may have ended before it evaluated.
             names = [evaluation.name for evaluation in due]
@@ -173,8 +175,11 @@ class Run:
 
     def save(self, retain: bool = True) -> bool:
         """Start a checkpoint of this moment; training waits for the copy to host memory only. False: skipped."""
-        self._beat(SAVING)
         with self.meter.paused():
+            if self.config.checkpoint.when_busy == "wait":
+                self._beat(WAITING_FOR_SAVE)
+                self.checkpoints.settle(self.config.checkpoint.timeout_s)
+            self._beat(SAVING if self.config.checkpoint.asynchronous else WAITING_FOR_SAVE)
             state = {
                 "config": to_dict(self.config),
                 "dataset_fingerprint": self._fingerprint(),
@@ -187,6 +192,7 @@ class Run:
             weights = {name: (f"{name}.master", shape) for name, shape in self._shapes.items()}
             started = self.checkpoints.save(self.tokens, self.levels.fragments(), state, own, weights, retain)
             self._saves.write(self.tokens)
+        self._beat(TRAINING)  # the slow phase ends here, not with the next batch: ranks meet before it
         if started:
             self._saved_at, self._checkpoint = self.tokens, checkpoint_name(self.tokens, self.attempt)
         return started
@@ -201,6 +207,7 @@ class Run:
         self._beat(VALIDATING)
         with self.meter.paused():
             metrics = evaluation.run(self.model)
+        self._beat(TRAINING)
         seconds = round(time.monotonic() - began_s, 3)
         self.record.row(evaluation_row(evaluation.name, self.tokens, metrics, seconds))
         self.record.say(lines.evaluation_line(evaluation.name, self.tokens, metrics))
@@ -294,7 +301,7 @@ class Run:
         """A committed checkpoint of this very moment, even where the one before is still being written."""
         while self._saved_at != self.tokens and not self.save(retain):
             time.sleep(0.2)
-        self._beat(SAVING)
+        self._beat(WAITING_FOR_SAVE)
         self.checkpoints.wait()
         self._saves.write(self.tokens)
 

@@ -24,10 +24,11 @@ class Wish(IntEnum):
 # How the end of such a run is called in its rows and its status.
 LEFT_AS = {Wish.RESIZE: "resized", Wish.PREEMPTED: "preempted", Wish.STOP: "stopped"}
 
-# What a rank is doing, for the watchdog and its report. A slow phase may take long without a beat.
-STARTING, SAVING, FINISHING = "starting", "saving", "finishing"
+# What a rank is doing, for the watchdog and its report. A slow phase may take long without a beat. Saving is a copy to
+# host memory; the files are written while training goes on, and only waiting for them is slow.
+STARTING, SAVING, WAITING_FOR_SAVE, FINISHING = "starting", "saving", "waiting for a save", "finishing"
 WAITING_FOR_DATA, TRAINING, VALIDATING = "waiting for data", "training", "validating"
-SLOW_PHASES = (STARTING, SAVING, VALIDATING, FINISHING)
+SLOW_PHASES = (STARTING, WAITING_FOR_SAVE, VALIDATING, FINISHING)
 
 
 class Supervision(Protocol):

@@ -205,7 +205,7 @@ class Checkpointer:
             raise SaveFailedError(failed.error)
 
     def settle(self, timeout_s: float) -> None:
-        """Give the save in flight up to `timeout_s` to end, on the way out of a run that failed. Not collective."""
+        """Wait up to `timeout_s` seconds for the save in flight; `save` and `wait` say how it ended. Not collective."""
         self._writer.settle(timeout_s)
 
     def close(self) -> None:

@@ -1,9 +1,9 @@
 """Moves files between host memory and the store, several at a time, hashing beside the transfer.
 
-Writing: each file's sha256 is computed on another thread while the file is sent. Reading: each file is read in pieces
-that go straight to where they belong, hashed on the way when asked; what is read is never unpickled, only copied.
-Limits: what has no place in host memory (a device's tensors, bytes that nobody wants) passes through buffers of up to
-READ_BYTES in each of `num_threads`.
+Writing: each file's sha256 is computed while the file is sent, on another thread or in the process that sends it.
+Reading: each file is read in pieces that go straight to where they belong, hashed on the way when asked; what is read
+is never unpickled, only copied. Limits: what has no place in host memory (a device's tensors, bytes that nobody wants)
+passes through buffers of up to READ_BYTES in each of `num_threads`.
 """
 
 import hashlib
@@ -30,22 +30,34 @@ READ_BYTES = 64 << 20
 class Puts(Protocol):
     """What writing needs of a store, or of what sends to one."""
 
-    def put(self, key: str, data: bytes | memoryview) -> None:
-        """Create or replace the object, atomically."""
+    def put(self, key: str, data: bytes | memoryview) -> str:
+        """Create or replace the object, atomically; returns the sha256 of its bytes, in hex."""
         ...
+
+
+class Hashed:
+    """Puts into a store, and computes the sha256 on another thread meanwhile."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def put(self, key: str, data: bytes | memoryview) -> str:
+        """As Puts.put. Raises StoreError."""
+        with ThreadPoolExecutor(1) as beside:
+            digest = beside.submit(lambda: hashlib.sha256(data).hexdigest())
+            self._store.put(key, data)
+            return digest.result()
 
 
 def write_files(
     store: Puts, files: Sequence[tuple[str, str, Callable[[], bytes | memoryview]]], num_threads: int
 ) -> list[FileEntry]:
     """Put (key, path in the manifest, data) triples; returns their entries in order. The first failure is raised."""
-    with ThreadPoolExecutor(num_threads) as senders, ThreadPoolExecutor(num_threads) as hashers:
+    with ThreadPoolExecutor(num_threads) as senders:
 
         def write(key: str, path: str, produce: Callable[[], bytes | memoryview]) -> FileEntry:
             data = produce()
-            digest = hashers.submit(lambda: hashlib.sha256(data).hexdigest())
-            store.put(key, data)
-            return FileEntry(path, len(data), digest.result())
+            return FileEntry(path, len(data), store.put(key, data))
 
         futures = [senders.submit(write, *file) for file in files]
         try:

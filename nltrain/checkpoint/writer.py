@@ -20,7 +20,7 @@ from nltrain.checkpoint.errors import SaveFailedError, StaleAttemptError
 from nltrain.checkpoint.files import Staging
 from nltrain.checkpoint.manifest import LAYOUT, STATE, FileEntry, Manifest, key_of
 from nltrain.checkpoint.stored import own_path
-from nltrain.checkpoint.transfer import write_files
+from nltrain.checkpoint.transfer import Hashed, write_files
 from nltrain.collectives import Ranks
 from nltrain.store import Store, StoreError
 from nltrain.store.sender import sender_of
@@ -187,7 +187,7 @@ class SaveWriter:
         if rank == 0:
             files.append((self._key(job, LAYOUT), LAYOUT, lambda: job.layout))
             files.append((self._key(job, STATE), STATE, lambda: job.state))
-        return write_files(self._sender or self._store, files, self._config.num_threads)
+        return write_files(self._sender or Hashed(self._store), files, self._config.num_threads)
 
     def _commit(self, job: SaveJob, reports: list[dict[str, Any]]) -> dict[str, Any]:
         """On rank 0: make the folder a checkpoint if every rank wrote its files; returns how that went, as JSON."""

@@ -1,8 +1,12 @@
-"""What a rank gets for one micro-step: tokens, targets and document starts as torch tensors."""
+"""What a rank gets for one micro-step: tokens, targets and document starts as torch tensors.
+
+A batch may also carry what a model needs to know of its documents, laid out beside the data by a function that the
+stream was given; this room knows no more of it than `Arrangement`.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Self
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -13,6 +17,20 @@ from nltrain.data import shards
 IGNORED_TARGET = -100
 TOKENS_PER_PADDING_DOCUMENT = 512
 BYTES_PER_TOKEN = 8 + 8 + 1  # tokens, targets, document_starts
+
+
+class Arrangement(Protocol):
+    """The documents of a batch as a model wants them, made on the host."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that go to the device."""
+
+    def pin_memory(self) -> "Arrangement":
+        """The same in page-locked memory."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Arrangement":
+        """The same on another device."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +47,8 @@ class Batch:
     """Global index of each sequence; empty for padding."""
     num_targets: int
     """Targets of this batch that are not ignored."""
+    arrangement: Arrangement | None = None
+    """What a model is to know of the documents, where the stream was told to lay them out."""
 
     @classmethod
     def padding(cls, seq_len: int, vocab_size: int) -> Self:
@@ -62,17 +82,23 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on another device."""
-        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        arrangement = None if self.arrangement is None else self.arrangement.to(device, non_blocking)
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking), arrangement)
 
     def pinned(self) -> "Batch":
         """The batch in page-locked memory, so that copies to a GPU overlap with its work."""
-        return self._mapped(Tensor.pin_memory)
+        return self._mapped(Tensor.pin_memory, None if self.arrangement is None else self.arrangement.pin_memory())
 
-    def _mapped(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+    def _mapped(self, change: Callable[[Tensor], Tensor], arrangement: Arrangement | None) -> "Batch":
         tokens, targets, starts = change(self.tokens), change(self.targets), change(self.document_starts)
-        return Batch(tokens, targets, starts, self.sample_indices, self.num_targets)
+        return replace(self, tokens=tokens, targets=targets, document_starts=starts, arrangement=arrangement)
+
+    @property
+    def documents(self) -> Any:
+        """What a model is told of the documents: the arrangement, or else `document_starts`."""
+        return self.document_starts if self.arrangement is None else self.arrangement
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of its tensors."""
-        return self.tokens.numel() * BYTES_PER_TOKEN
+        """Bytes of its tensors, those of the arrangement included."""
+        return self.tokens.numel() * BYTES_PER_TOKEN + (0 if self.arrangement is None else self.arrangement.num_bytes)

@@ -10,13 +10,15 @@ depend on what the consumer does.
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from nltrain.data.batch import BYTES_PER_TOKEN, Batch
+from nltrain.data.batch import BYTES_PER_TOKEN, Arrangement, Batch
 from nltrain.data.cache import ShardCache
 from nltrain.data.config import DataConfig
 from nltrain.data.errors import DataError
@@ -31,9 +33,18 @@ _END = object()
 class TokenStream:
     """Iterator of batches; close it, or use it in a with block."""
 
-    def __init__(self, config: DataConfig, order: SampleOrder, sample_ranges: Iterable[Sequence[int]]):
-        """sample_ranges: for each micro-step the sample indices of this rank, possibly none. Raises DataError."""
-        self.config, self.order = config, order
+    def __init__(
+        self,
+        config: DataConfig,
+        order: SampleOrder,
+        sample_ranges: Iterable[Sequence[int]],
+        arrange: Callable[[Tensor], Arrangement] | None = None,
+    ):
+        """sample_ranges: for each micro-step the sample indices of this rank, possibly none. Raises DataError.
+
+        arrange: `document_starts` of a batch -> its `arrangement`, made on the feeder's thread; None: there is none.
+        """
+        self.config, self.order, self._arrange = config, order, arrange
         self.wait_s = 0.0  # time the consumer spent waiting for batches
         self.num_batches = 0
         download_bytes = config.buffer_bytes // 4
@@ -131,20 +142,33 @@ class TokenStream:
     def _make(self, number: int, indices: np.ndarray, addresses: np.ndarray) -> Batch:
         seq_len = self.order.seq_len
         num_bytes = max(1, len(indices)) * seq_len * BYTES_PER_TOKEN
+        self._check_size(len(indices), num_bytes)
+        self._meter.acquire(num_bytes)
+        batch = self._read(number, indices, addresses)
+        if self._arrange:
+            batch = replace(batch, arrangement=self._arrange(batch.document_starts))
+            self._check_size(len(indices), batch.num_bytes)
+            self._meter.acquire(batch.num_bytes - num_bytes)
+        return batch.pinned() if torch.cuda.is_available() else batch
+
+    def _check_size(self, num_sequences: int, num_bytes: int) -> None:
         if num_bytes > self._meter.limit_bytes:
             raise DataError(
-                f"data.buffer_bytes: {self.config.buffer_bytes}: one batch of {len(indices)} x {seq_len} tokens takes "
-                f"{num_bytes} of the {self._meter.limit_bytes} bytes for batches: raise it to {2 * num_bytes} or more"
+                f"data.buffer_bytes: {self.config.buffer_bytes}: one batch of {num_sequences} x {self.order.seq_len} "
+                f"tokens takes {num_bytes} of the {self._meter.limit_bytes} bytes for batches: raise it to "
+                f"{2 * num_bytes} or more"
             )
-        self._meter.acquire(num_bytes)
+
+    def _read(self, number: int, indices: np.ndarray, addresses: np.ndarray) -> Batch:
+        """The batch of these samples, without an arrangement; padding where there are none."""
+        seq_len = self.order.seq_len
         if not len(indices):
             return Batch.padding(seq_len, self.order.vocab_size)
         by_range = number < self.config.range_read_batches
         if number > 0 or not by_range:
             self._reader.want(self.order.windows_from(int(indices[0])))
         rows = [(int(row[0]), int(row[1]), int(row[2])) for row in addresses]
-        batch = Batch.pack(self._reader.sequences(rows, by_range), indices, seq_len)
-        return batch.pinned() if torch.cuda.is_available() else batch
+        return Batch.pack(self._reader.sequences(rows, by_range), indices, seq_len)
 
     def _offer(self, batch: Batch) -> bool:
         """As `_put`, but waits while prefetch_batches are ready."""

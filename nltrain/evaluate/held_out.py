@@ -34,7 +34,7 @@ class HeldOut:
             plan = open_order(data)
             available = sum(dataset.num_sequences for dataset in plan.datasets)
             cut = cut_quantum(min(setting.num_sequences, available), setting.micro_batch_size, setting.world_size)
-            with TokenStream(data, plan, [step[setting.rank] for step in cut]) as stream:
+            with TokenStream(data, plan, [step[setting.rank] for step in cut], setting.arrange) as stream:
                 self._batches = list(stream)
         return self._batches
 

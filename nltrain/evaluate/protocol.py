@@ -1,11 +1,13 @@
 """What an evaluation is, and what it is given: plain values, no run and no config of another room."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from nltrain.data.batch import Arrangement
 from nltrain.data.config import DataConfig
 from nltrain.model import LanguageModel
 
@@ -51,6 +53,8 @@ class Setting:
     """Ranks that evaluate together."""
     device: torch.device
     """Device of the model on this rank."""
+    arrange: Callable[[Tensor], Arrangement] | None = None
+    """What lays out the documents of a batch for the model (`nltrain.model.arrange`); None: nothing does."""
 
     def due(self, tokens: int) -> bool:
         """The cadence of the validation: in the quantum in which floor(T / every_tokens) grows, and at the end."""

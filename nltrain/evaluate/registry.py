@@ -17,7 +17,7 @@ checkpoint is made up for when the run resumes. For example, the accuracy of the
 
         def run(self, model: LanguageModel) -> Metrics:
             def right(batch: Batch) -> Tensor:
-                logits, _ = model(batch.tokens, batch.document_starts)  # [B, T, V]
+                logits, _ = model(batch.tokens, batch.documents)  # [B, T, V]
                 return (logits.argmax(-1) == batch.targets).sum()  # ignored targets are -100: never equal
 
             (right_sum,), targets = self._held_out.sums(model, right)

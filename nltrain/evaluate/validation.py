@@ -29,7 +29,7 @@ class Validation:
         if self._entropies is None:
             self._entropies = self._count()
         (loss_sum,), targets = self._held_out.sums(
-            model, lambda batch: model.loss(batch.tokens, batch.targets, batch.document_starts)
+            model, lambda batch: model.loss(batch.tokens, batch.targets, batch.documents)
         )
         loss = loss_sum / targets
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "targets": targets} | self._entropies

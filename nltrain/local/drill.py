@@ -23,8 +23,8 @@ from nltrain.local.cluster import LocalNode
 from nltrain.local.job import Job
 from nltrain.local.world import ROOT, LocalWorld, submit_arguments
 from nltrain.store import open_store
-from nltrain.track.metrics import read_rows
-from nltrain.track.rows import Row
+from nltrain.track.metrics import RowsReader
+from nltrain.track.rows import AttemptRow, Row, StepRow, of_kind
 
 BUCKET = "drill"
 SEQ_LEN = 64
@@ -142,16 +142,16 @@ class TrainingJob(Job):
     ) -> None:
         """output: the folder that the run writes to; root: the folder of the code to submit."""
         self.drill, self.id, self.output = drill, job_id, output
+        self._rows = RowsReader(output)
         super().__init__(submit_arguments(entrypoint, job_id), root, log, drill.cluster.client_environment)
 
     def rows(self, kind: str | None = None) -> list[Row]:
         """The rows that the run has written, in order; only those of `kind` where one is given."""
-        return [row for row in read_rows(self.output) if kind in (None, row["kind"])]
+        return [row for row in self._rows.read() if kind in (None, row["kind"])]
 
     def tokens(self) -> int:
         """T of the last step row."""
-        steps = self.rows("step")
-        return steps[-1]["tokens"] if steps else 0
+        return next((row.tokens for row in reversed(of_kind(self._rows.read(), StepRow))), 0)
 
     def ranks(self) -> dict[int, dict[str, Any]]:
         """{rank: {pid, attempt, ...}} of the newest attempt."""
@@ -186,12 +186,12 @@ class TrainingJob(Job):
         """The newest attempt, once it has these values and has trained a step."""
 
         def trains() -> dict[str, Any] | None:
-            attempts, steps = self.rows("attempt"), self.rows("step")
-            last = attempts[-1] if attempts else None
+            rows = self._rows.read()
+            last = next(iter(reversed(of_kind(rows, AttemptRow))), None)
             if last is None or any(last[name] != value for name, value in values.items()):
                 return None
-            after = [step for step in steps if step["attempt"] == last["attempt"]]
-            return last.to_json() | {"first_step_s": after[0]["time_s"]} if after else None
+            first = next((step for step in of_kind(rows, StepRow) if step.attempt == last.attempt), None)
+            return last.to_json() | {"first_step_s": first.time_s} if first else None
 
         return self.wait_until(f"an attempt with {values}", trains, timeout_s)
 

@@ -5,6 +5,7 @@
 
 from nltrain.model.config import FAMILIES, ModelConfig
 from nltrain.model.lm import LanguageModel, LanguageModelState, build
+from nltrain.model.packing import arrange
 from nltrain.model.presets import SIZES, preset
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "LanguageModel",
     "LanguageModelState",
     "ModelConfig",
+    "arrange",
     "build",
     "preset",
 ]

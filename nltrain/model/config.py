@@ -16,7 +16,7 @@ FAMILIES = ("hope", "hope_attention", "titans", "matrix", "transformer")
 ATTENTION_FAMILIES = ("hope_attention", "transformer")
 # Fields that decide which code computes the numbers. They change results within rounding only: they may change on
 # resume, and what is kept of a run (an exported model, the result of a benchmark) does not depend on them.
-IMPLEMENTATION_FIELDS = ("kernel", "compile", "compile_backend")
+IMPLEMENTATION_FIELDS = ("kernel", "compile", "compile_backend", "logits_bytes")
 # Child names of the CMS module that are not levels.
 RESERVED_LEVEL_NAMES = ("mix", "base", "rest")
 
@@ -74,8 +74,8 @@ class ModelConfig:
     alpha_init: float = 0.99
     """Initial retention per token."""
     recompute: str = field(default="none", metadata=MAY_CHANGE)
-    """"none": keep all activations of the chunk loop. "chunks": keep the memories' states at every sqrt(chunks)-th
-    boundary and recompute the rest in the backward pass."""
+    """What the backward pass computes again instead of keeping it. "none": nothing. "chunks": the chunk loop, from the
+    memories' states at every sqrt(chunks)-th boundary. "block": each block, from its input; keeps least."""
     truncate_chunks: int | None = None
     """Cuts the outer gradient through the memories' states every so many (shorter) chunks. None: never."""
     kernel: str = field(default="auto", metadata=MAY_CHANGE)
@@ -87,6 +87,9 @@ class ModelConfig:
     compile_backend: str = field(default="inductor", metadata=MAY_CHANGE)
     """Back end of torch.compile, unused when compile is "none". "inductor" needs a C++ compiler on a CPU and triton on
     a GPU; "aot_eager" needs neither and is no faster than no compilation."""
+
+    logits_bytes: int = field(default=256 << 20, metadata=MAY_CHANGE)
+    """fp32 logits held at once, in bytes: the loss of a batch with more is computed in pieces of its tokens."""
 
     def __post_init__(self) -> None:
         def need(holds: bool, name: str, remedy: str) -> None:
@@ -112,7 +115,8 @@ class ModelConfig:
             self.rule.check_heads(self.num_heads)
         need(self.cms_total >= len(self.levels), "cms_hidden", "must be at least one per level")
         need(self.conv_width >= 0, "conv_width", "must be at least 0: the taps, or 0 for none")
-        need(self.recompute in ("none", "chunks"), "recompute", "choose none or chunks")
+        need(self.recompute in ("none", "chunks", "block"), "recompute", "choose none, chunks or block")
+        need(self.logits_bytes >= 1, "logits_bytes", "must be at least 1")
         need(self.truncate_chunks is None or self.truncate_chunks >= 1, "truncate_chunks", "give at least 1, or none")
         self._check_implementation()
 
@@ -125,6 +129,8 @@ class ModelConfig:
             require(self.kernel == "auto", "model.kernel", self.kernel, f"{self.family} has no memories; use auto")
             no_loop = f"{self.family} has no chunk loop; choose none or blocks"
             require(self.compile != "steps", "model.compile", self.compile, no_loop)
+            no_loop = f"{self.family} has no chunk loop; choose none or block"
+            require(self.recompute != "chunks", "model.recompute", self.recompute, no_loop)
             return
         reason = refusal(self.kernel, self.rule, self.kernel_options)
         require(reason is None, "model.kernel", self.kernel, reason or "")

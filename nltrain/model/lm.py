@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import compiler
 from nltrain.model.config import ATTENTION_FAMILIES, ModelConfig
@@ -16,6 +17,10 @@ from nltrain.model.feedforward import CMS, SwiGLU
 from nltrain.model.mixers import Attention, MemoryMixer
 from nltrain.model.packing import Packing
 from nltrain.model.parts import RMSNorm, TiedEmbedding
+
+# Where documents begin: [B, T] bool, True where one does; or that laid out beside the data (`packing.arrange`), which
+# spares the step a wait for the device; or None for one document per row.
+Documents = Tensor | Packing | None
 
 
 class LanguageModelState(NamedTuple):
@@ -55,7 +60,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = TiedEmbedding(config.vocab_size, config.width)
+        self.embedding = TiedEmbedding(config.vocab_size, config.width, config.logits_bytes)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         # Residual branches start small, so that the variance does not grow with depth.
@@ -69,39 +74,68 @@ class LanguageModel(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def _hidden(
-        self, tokens_BT: Tensor, document_starts_BT: Tensor | None, state: LanguageModelState | None
-    ) -> tuple[Tensor, LanguageModelState]:
+    def _begin(
+        self, tokens_BT: Tensor, documents: Documents, state: LanguageModelState | None
+    ) -> tuple[Packing, Tensor]:
+        """Where documents begin, and the embedded tokens [B, T, D]."""
         if self.config.compile != "none":
             compiler.require(self.config.compile_backend, tokens_BT.device.type)
-        packing = Packing(tokens_BT, document_starts_BT, state.position if state else None)
-        x = self.embedding(tokens_BT)
+        return _packing(tokens_BT, documents, state), self.embedding(tokens_BT)
+
+    def _hidden(
+        self, tokens_BT: Tensor, documents: Documents, state: LanguageModelState | None
+    ) -> tuple[Tensor, LanguageModelState]:
+        """The normed output of the last block [B, T, D], and the state after the last token."""
+        packing, x = self._begin(tokens_BT, documents, state)
         states = []
         for i, block in enumerate(self.blocks):
-            x, block_state = block(x, packing, state.blocks[i] if state else None)
-            states.append(block_state)
+            before = state.blocks[i] if state else None
+            if self.config.recompute == "block" and torch.is_grad_enabled():
+                # Nothing in a block is random.
+                x, after = checkpoint(block, x, packing, before, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, after = block(x, packing, before)
+            states.append(after)
         return self.norm(x), LanguageModelState(packing.next_position, tuple(states))
 
+    def _hidden_alone(self, tokens_BT: Tensor, documents: Documents) -> Tensor:
+        """`_hidden` of whole sequences without the state, keeping the inputs of blocks alone for the backward pass.
+
+        Each block's backward pass is one of its own, run after the block was computed again. A sharded engine needs
+        that: it releases the weights of a module after its forward pass and gathers them before its backward pass.
+        """
+        packing, x = self._begin(tokens_BT, documents, None)
+        x = x if x.requires_grad else x.detach().requires_grad_()  # else no block would have a gradient
+
+        def output(block: nn.Module, x: Tensor) -> Tensor:
+            return block(x, packing, None)[0]
+
+        for block in self.blocks:
+            x = checkpoint(output, block, x, use_reentrant=True, preserve_rng_state=False)
+        return self.norm(x)
+
     def forward(
-        self, tokens_BT: Tensor, document_starts_BT: Tensor | None = None, state: LanguageModelState | None = None
+        self, tokens_BT: Tensor, documents: Documents = None, state: LanguageModelState | None = None
     ) -> tuple[Tensor, LanguageModelState]:
-        """Logits [B, T, V] and the state after the last token. document_starts_BT: bool, True where one begins."""
-        hidden, state = self._hidden(tokens_BT, document_starts_BT, state)
+        """Logits [B, T, V] and the state after the last token."""
+        hidden, state = self._hidden(tokens_BT, documents, state)
         return self.embedding(hidden), state
 
-    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, document_starts_BT: Tensor | None = None) -> Tensor:
+    def loss(self, tokens_BT: Tensor, targets_BT: Tensor, documents: Documents = None) -> Tensor:
         """fp32 scalar: cross entropy in nats, summed over targets != -100."""
-        return self.loss_with_state(tokens_BT, targets_BT, document_starts_BT)[0]
+        if self.config.recompute == "block" and torch.is_grad_enabled():
+            return self.embedding(self._hidden_alone(tokens_BT, documents), targets_BT)
+        return self.loss_with_state(tokens_BT, targets_BT, documents)[0]
 
     def loss_with_state(
         self,
         tokens_BT: Tensor,
         targets_BT: Tensor,
-        document_starts_BT: Tensor | None = None,
+        documents: Documents = None,
         state: LanguageModelState | None = None,
     ) -> tuple[Tensor, LanguageModelState]:
         """`loss` of tokens that continue `state`, and the state after the last token."""
-        hidden, state = self._hidden(tokens_BT, document_starts_BT, state)
+        hidden, state = self._hidden(tokens_BT, documents, state)
         return self.embedding(hidden, targets_BT), state
 
     @torch.no_grad()
@@ -125,7 +159,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def diagnostics(self, tokens_BT: Tensor) -> list[dict[str, Tensor]]:
         """For each block with memories, figures per chunk: eta, alpha, |v|/|k|, |dW|/|W|; see `kernels.diagnostics`."""
-        packing = Packing(tokens_BT, None, None)
+        packing = _packing(tokens_BT, None, None)
         x, figures = self.embedding(tokens_BT), []
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -158,6 +192,16 @@ class LanguageModel(nn.Module):
             if i + 1 < num_new_tokens:
                 logits, state = self.read(token, state)
         return torch.cat(out, 1)
+
+
+def _packing(tokens_BT: Tensor, documents: Documents, state: LanguageModelState | None) -> Packing:
+    """The arrangement of these tokens on their device."""
+    if isinstance(documents, Packing):
+        assert state is None, "an arrangement made beside the data is that of whole sequences"
+        return documents
+    num_sequences, num_tokens = tokens_BT.shape
+    packing = Packing.of((num_sequences, num_tokens), documents, state.position if state else None)
+    return packing.to(tokens_BT.device)
 
 
 def build(config: ModelConfig) -> LanguageModel:

@@ -1,43 +1,57 @@
-"""Where documents begin in a batch, computed once and shared by all blocks.
+"""Where documents begin in a batch, laid out once on the host and shared by all blocks.
 
 Every part of the model sees only the tokens of a token's own document: memories, convolutions, attention and rotary
-positions.
+positions. What the parts need to know is computed on the host, beside the data, and copied to the device with the
+batch, so that a step of the model never waits for its device. B sequences, T tokens.
 """
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kernels import MemoryRule
 from kernels.blocking import Blocking, build_blocking, token_positions
+from nltrain.model.config import ATTENTION_FAMILIES, ModelConfig
 
 
+@dataclass(frozen=True)
 class Packing:
-    """The documents in tokens [B, T].
+    """The documents in tokens [B, T]; made by `Packing.of`."""
 
-    starts: [B, T] bool, True where a document begins; None for none. position: [B] tokens of its document that each row
-    has already read; None at the start of a sequence. The constructor reads on the host whether a document begins
-    inside the batch: one synchronisation per batch on an accelerator.
-    """
+    streamed: bool
+    """Whether the rows continue documents."""
+    starts: Tensor | None
+    """[B, T] bool, True where a document begins; None where none begins inside the batch."""
+    positions: Tensor
+    """[B, T] tokens since each token's document began."""
+    host_starts: Tensor | None
+    """`starts` in host memory."""
+    host_first: Tensor
+    """[B] tokens of its document that each row has read before, in host memory."""
+    blockings: dict[tuple[int, int], Blocking] = field(default_factory=dict)
+    """The blocks of the chunk loop by the two chunk lengths, on the device of `positions`."""
 
-    def __init__(self, tokens: Tensor, starts: Tensor | None, position: Tensor | None) -> None:
-        num_sequences, self.num_tokens = tokens.shape
-        device = tokens.device
-        self.streamed = position is not None
-        self.first_position = (
-            position if position is not None else torch.zeros(num_sequences, dtype=torch.long, device=device)
-        )
-        if starts is not None and not bool((starts if self.streamed else starts[:, 1:]).any()):
+    @classmethod
+    def of(cls, shape: tuple[int, int], starts: Tensor | None = None, position: Tensor | None = None) -> "Packing":
+        """The arrangement of tokens of `shape` [B, T], in host memory.
+
+        starts: [B, T] bool, True where a document begins; None for none. position: [B] tokens of its document that each
+        row has already read; None at the start of a sequence. Both are read on the host: where an accelerator holds
+        them, that waits for it.
+        """
+        starts = None if starts is None else starts.cpu()
+        streamed = position is not None
+        first = position.cpu() if position is not None else torch.zeros(shape[0], dtype=torch.long)
+        if starts is not None and not bool((starts if streamed else starts[:, 1:]).any()):
             starts = None
-        self.starts = starts
-        self._positions: Tensor | None = None
-        self._blockings: dict[tuple[int, int], Blocking] = {}
+        return cls(streamed, starts, token_positions(starts, first, shape[1]), starts, first)
 
     @property
-    def positions(self) -> Tensor:
-        """[B, T] tokens since each token's document began."""
-        if self._positions is None:
-            self._positions = token_positions(self.starts, self.first_position, self.num_tokens)
-        return self._positions
+    def num_tokens(self) -> int:
+        """T."""
+        return self.positions.shape[1]
 
     @property
     def next_position(self) -> Tensor:
@@ -55,11 +69,12 @@ class Packing:
         return (self.positions.unsqueeze(-1) >= taps).to(dtype)
 
     def blocking(self, rule: MemoryRule) -> Blocking:
-        """The blocks of the chunk loop."""
+        """The blocks of the chunk loop; the first call for a pair of chunk lengths makes them on the host."""
         key = (rule.chunk_mem, rule.chunk_other)
-        if key not in self._blockings:
-            self._blockings[key] = build_blocking(rule, self.num_tokens, self.first_position, self.starts)
-        return self._blockings[key]
+        if key not in self.blockings:
+            found = build_blocking(rule, self.num_tokens, self.host_first, self.host_starts)
+            self.blockings[key] = found.moved(lambda x: x.to(self.positions.device))
+        return self.blockings[key]
 
     def attention_mask(self, num_past: int) -> Tensor | None:
         """[B, 1, T, num_past + T] bool, True for the keys that a token sees; None for plain causal attention."""
@@ -71,3 +86,42 @@ class Packing:
         # The document of a token began positions tokens before it.
         first = (query - self.positions).unsqueeze(-1)
         return ((key <= query.unsqueeze(-1)) & (key >= first)).unsqueeze(1)
+
+    # ---- as a part of a batch ----------------------------------------------------------------------------------------
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Packing":
+        """The arrangement on the device of the model."""
+        return self._moved(lambda x: x.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Packing":
+        """The arrangement in page-locked memory."""
+        return self._moved(Tensor.pin_memory)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensors that go to the device."""
+        return sum(x.nbytes for x in self._tensors())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield self.positions
+        if self.starts is not None:
+            yield self.starts
+        for blocking in self.blockings.values():
+            yield from blocking.tensors()
+
+    def _moved(self, change: Callable[[Tensor], Tensor]) -> "Packing":
+        starts = None if self.starts is None else change(self.starts)
+        blockings = {key: blocking.moved(change) for key, blocking in self.blockings.items()}
+        return replace(self, starts=starts, positions=change(self.positions), blockings=blockings)
+
+
+def arrange(config: ModelConfig, document_starts: Tensor) -> Packing:
+    """All that a model of `config` needs to know of documents in [B, T] tokens of whole sequences, made on the host.
+
+    document_starts: [B, T] bool in host memory.
+    """
+    num_sequences, num_tokens = document_starts.shape
+    packing = Packing.of((num_sequences, num_tokens), document_starts)
+    if config.family not in ATTENTION_FAMILIES:
+        packing.blocking(config.rule)
+    return packing

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from kernels.rule import GATES, MemoryRule
 from kernels.state import Initial, Weights, gate_bias
+from nltrain.model.loss import summed_loss
 
 
 class RMSNorm(nn.Module):
@@ -130,22 +131,23 @@ class MemoryHolder(nn.Module):
 class TiedEmbedding(nn.Module):
     """One matrix for both ends of the model: from tokens to vectors, and from vectors to logits or to the loss."""
 
-    def __init__(self, vocab_size: int, width: int) -> None:
+    def __init__(self, vocab_size: int, width: int, logits_bytes: int) -> None:
         super().__init__()
+        self.logits_bytes = logits_bytes
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
         nn.init.normal_(self.weight, std=0.02)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """int64 x [..] to vectors [.., D]; float x [.., D] to logits [.., V].
 
-        With targets [..], float x to the fp32 loss, summed over targets other than -100.
+        With targets [..], float x to the fp32 loss, summed over targets other than -100, with at most about
+        `logits_bytes` of fp32 logits at once.
         """
         if not x.is_floating_point():
             return F.embedding(x, self.weight)
         if targets is None:
             return F.linear(x, self.weight)
-        logits = F.linear(x.flatten(0, -2), self.weight)
-        return F.cross_entropy(logits.float(), targets.flatten(), ignore_index=-100, reduction="sum")
+        return summed_loss(x.flatten(0, -2), self.weight, targets.flatten(), self.logits_bytes)
 
 
 class LevelMix(nn.Module):

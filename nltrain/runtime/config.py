@@ -41,7 +41,7 @@ class ClusterConfig:
     hang_timeout_s: float = 300.0
     """A rank without progress in training for this long is dumped and killed, and the group is restarted."""
     slow_phase_timeout_s: float = 1800.0
-    """The same limit for starting, saving, validating and finishing, which report no progress in between."""
+    """The same limit for starting, waiting for a save, validating and finishing: they report no progress in between."""
     group_start_timeout_s: float = 60.0
     """Longest wait for all workers to be placed; after it the nodes are counted again."""
     resize_check_s: float = 20.0

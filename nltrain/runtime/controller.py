@@ -381,7 +381,10 @@ class Trainer(TorchTrainer):
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = LiveNodes(self.scaling_config)
             arguments["scaling_policy"].best = Sizes(from_dict(RunConfig, self.train_loop_config))
-        variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"} | get_env_vars_to_propagate()
+        # The actors that Ray's controller starts look for their cluster by its address; without one they search the
+        # machine's processes, and fail where those of two clusters run.
+        variables = {"RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0"}
+        variables |= get_env_vars_to_propagate()
         here = {ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}
         options = {"num_cpus": 0, "label_selector": here, "runtime_env": {"env_vars": variables}}
         self.controller = ray.remote(**options)(Controller).remote(**arguments)

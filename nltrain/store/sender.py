@@ -2,14 +2,18 @@
 
 An upload takes the interpreter's lock once per block, over TLS once per 16 KiB; a loop that launches small operations
 waits for each of them. `Sender` writes an object's bytes into memory that it shares with one process, in a single
-call that holds no lock, and that process puts them. What takes few blocks is put directly. Each of `num_slots` uploads
-at a time has memory of its own, as large as the largest object it carried. The process starts with the first large
-object and ends with its owner, however that ends. Started as a file; it imports neither torch nor ray.
+call that holds no lock, and that process hashes and puts them. Every call of the system gives the lock up and takes it
+again, so an object makes four: is the process there, the copy, the announcement, the answer. A thread that has just
+taken the lock must not wait for a core meanwhile, so the process yields to everything else (`NICENESS`). What takes few
+blocks is put directly. Each of `num_slots` uploads at a time has memory of its own, as large as the largest object it
+carried. The process starts with the first large object and ends with its owner, however that ends. Started as a file;
+it imports neither torch nor ray.
 
     python sender.py '{"url": "s3://bucket/runs", "slots": [[5, 6], [7, 8]], ...}'
 """
 
 import contextlib
+import hashlib
 import json
 import mmap
 import os
@@ -20,6 +24,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,7 @@ from nltrain.store.s3 import S3Store
 
 LARGE_BYTES = 4 << 20
 CLOSE_TIMEOUT_S = 10.0
+NICENESS = 10
 OPTIONS = ("attempts", "timeout_s", "backoff_s")  # of an S3Store
 
 
@@ -45,6 +51,16 @@ class _Slot:
         else:
             with tempfile.TemporaryFile() as file:
                 self.memory_fd = os.dup(file.fileno())
+        self.num_bytes = 0  # of the memory, so that no upload asks the system for them
+
+    def write(self, data: memoryview) -> None:
+        """Copy `data`, bytes, to the start of the memory, which only grows. A call that grows it is rare."""
+        if len(data) > self.num_bytes:
+            os.ftruncate(self.memory_fd, len(data))
+            self.num_bytes = len(data)
+        position = 0
+        while position < len(data):
+            position += os.pwrite(self.memory_fd, data[position:], position)
 
     def close(self) -> None:
         self.lines.close()
@@ -67,14 +83,13 @@ class Sender:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def put(self, key: str, data: bytes | memoryview) -> None:
-        """Create or replace the object, atomically."""
+    def put(self, key: str, data: bytes | memoryview) -> str:
+        """Create or replace the object, atomically; returns the sha256 of its bytes, in hex."""
         if len(data) < LARGE_BYTES:
             self.inner.put(key, data)
-            return
+            return hashlib.sha256(data).hexdigest()
         with self._slot() as slot:
-            os.ftruncate(slot.memory_fd, max(len(data), os.fstat(slot.memory_fd).st_size))
-            _write_all(slot.memory_fd, memoryview(data).cast("B"))
+            slot.write(memoryview(data).cast("B"))
             try:
                 slot.own.sendall(json.dumps([key, len(data)]).encode() + b"\n")
                 answer = slot.lines.readline()
@@ -82,8 +97,10 @@ class Sender:
                 answer = b""
             if not answer:
                 raise StoreError(f"{self.url}/{key}: put failed: the process that uploads {self._ended()}")
-        if error := json.loads(answer):
+        error, digest = json.loads(answer)
+        if error:
             raise StoreError(error)
+        return str(digest)
 
     def close(self) -> None:
         """End the process; uploads in flight fail."""
@@ -161,29 +178,27 @@ def sender_of(store: Store, num_slots: int) -> Sender | None:
     return Sender(store, num_slots) if isinstance(store, S3Store) else None
 
 
-def _write_all(fd: int, data: memoryview) -> None:
-    position = 0
-    while position < len(data):
-        position += os.pwrite(fd, data[position:], position)
-
-
 def _serve(store: S3Store, line: socket.socket, memory_fd: int) -> None:
-    """Answers each announcement on `line` with an error's text, empty where the object was put."""
-    with line.makefile("rb") as announcements:
+    """Answers each announcement on `line` with [an error's text, empty where the object was put; its sha256]."""
+    with line.makefile("rb") as announcements, ThreadPoolExecutor(1) as beside:
         for announcement in announcements:
             key, num_bytes = json.loads(announcement)
-            error = ""
+            error, digest = "", ""
             try:
                 # Not closed by hand: the request's reader may still hold a view of it.
-                store.put(key, memoryview(mmap.mmap(memory_fd, num_bytes, prot=mmap.PROT_READ)))
+                data = memoryview(mmap.mmap(memory_fd, num_bytes, prot=mmap.PROT_READ))
+                hashed = beside.submit(lambda data: hashlib.sha256(data).hexdigest(), data)
+                store.put(key, data)
+                digest = hashed.result()
             except StoreError as failure:
                 error = str(failure)
             except Exception as failure:  # the upload waits for an answer whatever happens here
                 error = f"{store.url}/{key}: put failed: {type(failure).__name__}: {failure}"
-            line.sendall(json.dumps(error).encode() + b"\n")
+            line.sendall(json.dumps([error, digest]).encode() + b"\n")
 
 
 def _main(what: dict[str, Any]) -> None:
+    os.nice(NICENESS)
     store = S3Store(what["url"], **{name: what[name] for name in OPTIONS})
     for line_fd, memory_fd in what["slots"]:
         line = socket.socket(fileno=line_fd)

@@ -99,13 +99,37 @@ def read_rows(run_folder: str | Path) -> list[Row]:
 
     Clocks of machines differ, so no time decides the order. A last line that a kill cut short is left out.
     """
-    rows: list[Row] = []
-    paths = sorted((Path(run_folder) / FOLDER).glob("*.jsonl"), key=lambda path: (path.stem != "faults", path.name))
-    for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                rows.append(from_json(json.loads(line)))
-    return rows
+    return RowsReader(run_folder).read()
+
+
+class RowsReader:
+    """The rows of a run that may still train. A second `read` parses only what was written since the first."""
+
+    def __init__(self, run_folder: str | Path) -> None:
+        """Reads nothing yet; the folder need not exist."""
+        self._folder = Path(run_folder) / FOLDER
+        self._found: dict[Path, tuple[int, list[Row]]] = {}  # by file: bytes parsed, and their rows
+
+    def read(self) -> list[Row]:
+        """All rows until now, as `read_rows` returns them."""
+        rows: list[Row] = []
+        for path in sorted(self._folder.glob("*.jsonl"), key=lambda path: (path.stem != "faults", path.name)):
+            position, known = self._found.setdefault(path, (0, []))
+            for line in _whole_lines(path, position):
+                position += len(line)
+                known.append(from_json(json.loads(line)))
+            self._found[path] = position, known
+            rows += known
+        return rows
+
+
+def _whole_lines(path: Path, position: int) -> Iterator[bytes]:
+    """The lines from byte `position` on, without a last one that is not complete yet."""
+    with path.open("rb") as file:
+        file.seek(position)
+        for line in file:
+            if line.endswith(b"\n"):
+                yield line
 
 
 def on_one_clock(rows: Iterable[Row]) -> list[Row]:
@@ -145,13 +169,9 @@ def tail(path: Path, poll_s: float = 0.2) -> Iterator[Row | None]:
     position = 0
     while True:
         if path.exists():
-            with path.open("rb") as file:
-                file.seek(position)
-                for line in file:
-                    if not line.endswith(b"\n"):
-                        break
-                    position += len(line)
-                    yield from_json(json.loads(line))
+            for line in _whole_lines(path, position):
+                position += len(line)
+                yield from_json(json.loads(line))
         yield None
         time.sleep(poll_s)
 

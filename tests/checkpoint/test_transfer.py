@@ -7,7 +7,7 @@ import torch
 
 from nltrain.checkpoint.errors import CorruptCheckpointError
 from nltrain.checkpoint.manifest import StoredPiece, StoredTensor
-from nltrain.checkpoint.transfer import read_files, targets_of, write_files
+from nltrain.checkpoint.transfer import Hashed, read_files, targets_of, write_files
 from nltrain.store import StoreError, open_store
 from tests.checkpoint.support import FaultyStore
 
@@ -17,7 +17,7 @@ def test_a_slice_over_two_files_arrives_and_damage_is_noticed_where_all_is_read(
     store, whole = open_store(str(tmp_path)), torch.arange(20, dtype=torch.float32)
     head = b"12345678"  # where a header would be
     parts = {"a": head + whole[:12].numpy().tobytes(), "b": head + whole[12:].numpy().tobytes()}
-    entries = write_files(store, [(name, name, lambda data=data: data) for name, data in parts.items()], 2)
+    entries = write_files(Hashed(store), [(name, name, lambda data=data: data) for name, data in parts.items()], 2)
     assert [entry.num_bytes for entry in entries] == [56, 40]
     stored = {"w": StoredTensor("F32", 20, (StoredPiece(0, 12, "a", 8), StoredPiece(12, 8, "b", 8)))}
     slice_ = torch.full((9,), float("nan"))
@@ -36,4 +36,4 @@ def test_the_first_failure_of_a_write_is_raised(tmp_path: Path) -> None:
     store = FaultyStore(open_store(str(tmp_path)))
     store.failing = "b"
     with pytest.raises(StoreError, match="refused by the test"):
-        write_files(store, [(name, name, lambda: b"data") for name in "abc"], 1)
+        write_files(Hashed(store), [(name, name, lambda: b"data") for name in "abc"], 1)

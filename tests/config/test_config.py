@@ -25,6 +25,7 @@ MAY_CHANGE = {
     "model.kernel",
     "model.compile",
     "model.compile_backend",
+    "model.logits_bytes",
     "train.micro_batch_size",
     "train.validate_every_tokens",
     "train.validation_sequences",

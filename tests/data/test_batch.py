@@ -1,11 +1,14 @@
 """A batch: targets are the next tokens, padding counts nowhere, and a rank without a sequence gets one of it."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from nltrain.data import IGNORED_TARGET, Batch
 from nltrain.data.shards import Sequence
+from nltrain.model import arrange, preset
 
 
 def test_targets_are_the_next_tokens_and_padding_is_ignored() -> None:
@@ -36,3 +39,15 @@ def test_a_batch_on_another_device_holds_the_same() -> None:
     batch = Batch.padding(8, 50).to("meta")
     assert batch.tokens.device.type == batch.targets.device.type == batch.document_starts.device.type == "meta"
     assert batch.sample_indices == () and batch.num_bytes == 8 * 17
+
+
+def test_a_layout_travels_with_its_batch_and_is_counted() -> None:
+    config = preset("hope", "tiny")
+    batch = Batch.padding(1024, 50)
+    whole = replace(batch, arrangement=arrange(config, batch.document_starts))
+    assert whole.documents is whole.arrangement and batch.documents is batch.document_starts
+    arrangement = whole.arrangement
+    assert arrangement is not None and whole.num_bytes - batch.num_bytes == arrangement.num_bytes >= 1024 * 8
+    moved = whole.to("meta").documents
+    assert moved.positions.device.type == moved.starts.device.type == "meta"
+    assert moved.blocking(config.rule).position.device.type == "meta" and moved.num_bytes == arrangement.num_bytes

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 from nltrain.data import Batch, DataConfig, DataError, TokenStream, open_order
+from nltrain.data.batch import BYTES_PER_TOKEN, Arrangement
 from nltrain.data.stream import sequential_ranges
 from nltrain.levels.quantum import cut_quantum
 from nltrain.local.embedded_s3 import EmbeddedS3
 from nltrain.local.fault_proxy import FaultProxy
+from nltrain.model import arrange, preset
 from nltrain.store import MissingObjectError, open_store
 from tests.data.support import contents, make_dataset, rows
 
@@ -94,6 +96,31 @@ def test_a_rank_without_a_sequence_gets_padding(tmp_path: Path) -> None:
     padding = Batch.padding(SEQ_LEN, open_order(config).vocab_size)
     for batch in (batches[0], batches[1], batches[3]):
         assert batch.num_targets == 0 and torch.equal(batch.tokens, padding.tokens)
+
+
+def test_the_feeder_lays_the_documents_out_within_the_buffer(tmp_path: Path) -> None:
+    url, model, threads = str(tmp_path / "set"), preset("hope", "tiny"), set()
+    make_dataset(url, 60)
+    config = config_for(url, tmp_path)
+
+    def lay_out(starts: torch.Tensor) -> Arrangement:
+        threads.add(threading.current_thread().name)
+        return arrange(model, starts)
+
+    with TokenStream(config, open_order(config), iter([[], range(4), range(4, 8)]), lay_out) as stream:
+        batches = list(stream)
+    assert threads == {"nltrain-stream"} and stream._meter.held_bytes == 0
+    for batch in batches:
+        want = arrange(model, batch.document_starts)
+        assert torch.equal(batch.documents.positions, want.positions)
+        assert batch.num_bytes == batch.tokens.numel() * BYTES_PER_TOKEN + want.num_bytes
+    assert stream._meter.peak_bytes >= max(batch.num_bytes for batch in batches)
+    small = replace(config, buffer_bytes=5000)  # three quarters of it hold 13 sequences, but not their arrangement too
+    with (
+        pytest.raises(DataError, match="one batch of 13 x"),
+        TokenStream(small, open_order(small), [range(13)], lay_out) as stream,
+    ):
+        list(stream)
 
 
 RESUME = """

@@ -1,6 +1,8 @@
 """A small real world: an S3 server, a Ray cluster of ours and a dataset on it, and jobs submitted as a user would."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,9 +65,21 @@ class World(LocalWorld):
 
 
 @contextmanager
+def raylet_of_another_cluster() -> Iterator[None]:
+    """A process that Ray takes for the raylet of another cluster on this machine; nothing answers at its address."""
+    command = ["raylet", "-c", "import time; time.sleep(3600)", "--gcs-address=127.0.0.1:1"]
+    process = subprocess.Popen(command, executable=sys.executable)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
 def world(folder: Path) -> Iterator[World]:
-    """Everything up; at the end everything down, and nothing of it left: that is asserted."""
-    with World(folder / "world", BUCKET, num_cpus=4) as here:
+    """Everything up, beside another cluster; at the end everything down, and nothing of it left: that is asserted."""
+    with raylet_of_another_cluster(), World(folder / "world", BUCKET, num_cpus=4) as here:
         small_corpus(here.corpus)
         yield here
         here.stop()

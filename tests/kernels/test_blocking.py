@@ -52,3 +52,28 @@ def test_padded_slots_hold_every_token_once() -> None:
             tokens = blocking.source[row, block.begin : block.end][blocking.valid[row, block.begin : block.end]]
             assert not starts[row, tokens[1:]].any()  # one document
     assert blocking.position.tolist() == [10, 30]
+
+
+def test_a_move_changes_each_tensor_once_and_keeps_the_blocks() -> None:
+    rule = MemoryRule(chunk_mem=8, chunk_other=4)
+    starts = torch.zeros(2, 30, dtype=torch.bool)
+    starts[0, [3, 20]] = True
+    blocking = build_blocking(rule, 30, ZERO + 2, starts)
+    changed: list[torch.Tensor] = []
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        changed.append(x)
+        return x.clone()
+
+    moved = blocking.moved(copy)
+    assert len(changed) == len(list(blocking.tensors())) == 5 and blocking.masks is not None
+    own = moved.masks.untyped_storage().data_ptr()  # type: ignore[union-attr]
+    for there, here in zip(moved.blocks, blocking.blocks, strict=True):
+        assert (there.begin, there.end) == (here.begin, here.end)
+        for name in ("resets", "begins_mem", "begins_other"):
+            got, want = getattr(there, name), getattr(here, name)
+            if isinstance(want, bool):
+                assert got is want
+            else:
+                assert torch.equal(got, want) and got.untyped_storage().data_ptr() == own
+    assert moved.ends_mem is blocking.ends_mem or torch.equal(moved.ends_mem, blocking.ends_mem)  # type: ignore[arg-type]

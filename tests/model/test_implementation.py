@@ -83,6 +83,7 @@ def test_a_back_end_that_torch_lacks_is_refused(family: str, mode: str) -> None:
         ),
         ("hope", {"compile": "all"}, "model.compile='all': choose none, steps or blocks"),
         ("transformer", {"kernel": "chunk"}, "model.kernel='chunk': transformer has no memories; use auto"),
+        ("transformer", {"recompute": "chunks"}, "model.recompute='chunks': transformer has no chunk loop"),
         ("transformer", {"compile": "steps"}, "model.compile='steps': transformer has no chunk loop"),
     ],
 )

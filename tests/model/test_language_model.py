@@ -234,13 +234,29 @@ def test_bf16_parameters_train_and_stay_near_fp32(name: str) -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
-def test_recomputing_chunks_changes_no_gradient() -> None:
+@pytest.mark.parametrize(
+    ("family", "recompute"), [("hope", "chunks"), ("hope", "block"), ("titans", "block"), ("transformer", "block")]
+)
+def test_recomputing_changes_no_gradient(family: str, recompute: str) -> None:
     tokens, starts = _tokens(2, 72), _starts(2, 72)
     gradients = []
-    for recompute in ("none", "chunks"):
-        model = _model(small("hope", recompute=recompute))
-        model.loss(tokens, tokens, starts).backward()
+    for choice in ("none", recompute):
+        model = _model(small(family, recompute=choice))
+        first, state = model.loss_with_state(tokens[:, :30], tokens[:, :30], starts[:, :30])
+        second, _ = model.loss_with_state(tokens[:, 30:], tokens[:, 30:], starts[:, 30:], state)
+        (first + second + model.loss(tokens, tokens, starts)).backward()
         gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_recomputed_blocks_learn_below_a_frozen_embedding() -> None:
+    tokens, gradients = _tokens(2), []
+    for recompute in ("none", "block"):
+        model = _model(small("hope", recompute=recompute))
+        model.embedding.requires_grad_(False)
+        model.loss(tokens, tokens).backward()
+        gradients.append([p.grad for p in model.blocks.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 

@@ -5,8 +5,6 @@ import torch
 from kernels import MemoryRule
 from nltrain.model.packing import Packing
 
-TOKENS = torch.zeros(2, 6, dtype=torch.long)
-
 
 def _starts(*at: int) -> torch.Tensor:
     starts = torch.zeros(2, 6, dtype=torch.bool)
@@ -15,14 +13,14 @@ def _starts(*at: int) -> torch.Tensor:
 
 
 def test_without_documents_inside_nothing_is_masked() -> None:
-    for packing in (Packing(TOKENS, None, None), Packing(TOKENS, _starts(0), None)):
+    for packing in (Packing.of((2, 6)), Packing.of((2, 6), _starts(0))):
         assert packing.starts is None and packing.taps_seen(3, torch.float32) is None
         assert packing.attention_mask(0) is None
         assert packing.positions[0].tolist() == [0, 1, 2, 3, 4, 5] and packing.next_position.tolist() == [6, 6]
 
 
 def test_taps_and_keys_stay_inside_the_document() -> None:
-    packing = Packing(TOKENS, _starts(2), None)
+    packing = Packing.of((2, 6), _starts(2))
     assert packing.positions[0].tolist() == [0, 1, 0, 1, 2, 3]
     taps, mask = packing.taps_seen(2, torch.float32), packing.attention_mask(0)
     assert taps is not None and mask is not None
@@ -32,7 +30,7 @@ def test_taps_and_keys_stay_inside_the_document() -> None:
 
 
 def test_a_continued_row_sees_its_past() -> None:
-    packing = Packing(TOKENS, _starts(0), torch.tensor([4, 4]))
+    packing = Packing.of((2, 6), _starts(0), torch.tensor([4, 4]))
     assert packing.positions[:, 0].tolist() == [0, 4]  # row 0 begins a document, row 1 continues one
     mask, taps = packing.attention_mask(4), packing.taps_seen(2, torch.float32)
     assert mask is not None and taps is not None
@@ -42,7 +40,7 @@ def test_a_continued_row_sees_its_past() -> None:
 
 
 def test_layers_share_one_layout() -> None:
-    packing = Packing(TOKENS, None, None)
+    packing = Packing.of((2, 6))
     rule = MemoryRule(chunk_mem=4, chunk_other=4)
     assert packing.blocking(rule) is packing.blocking(MemoryRule(chunk_mem=4, chunk_other=4, momentum=True))
     assert packing.blocking(rule) is not packing.blocking(MemoryRule(chunk_mem=4, chunk_other=2))

@@ -96,7 +96,7 @@ def test_a_repeated_key_moves_a_memory_by_one_step_however_often_it_comes() -> N
 
 
 def _packing(num_tokens: int) -> Packing:
-    return Packing(torch.zeros(1, num_tokens, dtype=torch.long), None, None)
+    return Packing.of((1, num_tokens))
 
 
 @pytest.mark.parametrize(("chunk", "num_tokens"), [(1, 4096), (16, 4096), (64, 4096), (256, 8192)])

@@ -27,7 +27,7 @@ from nltrain.local.drill import QUANTUM, SEQ_LEN, SMALL, VOCAB_SIZE
 from nltrain.loop import train
 from nltrain.network import free_ports
 from nltrain.store import open_store
-from nltrain.supervision import Unsupervised
+from nltrain.supervision import SLOW_PHASES, STARTING, TRAINING, WAITING_FOR_SAVE, Unsupervised
 from nltrain.track.metrics import effective, read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,21 @@ class Overtaken(Unsupervised):
         if tokens > self.seen >= self._tokens:
             time.sleep(0.3)
         self.seen = tokens
+
+
+class Phases(Unsupervised):
+    """Remembers the phase in which each quantum ends, and all phases."""
+
+    def __init__(self):
+        super().__init__(0.0)
+        self.all, self.at_the_end = [], []
+
+    def beat(self, phase, tokens):
+        self.all.append(phase)
+
+    def wish(self):
+        self.at_the_end.append(self.all[-1])
+        return super().wish()
 
 
 def config(folder, name, **more):
@@ -102,7 +117,9 @@ def one_rank(rank, environment, folder, port):
                 error = f"{type(raised).__name__}: {raised}"
         found[label] = {"said": said.getvalue(), "error": error}
 
-    case("straight", config(folder, "straight"))
+    phases = Phases()
+    case("straight", config(folder, "straight"), phases)
+    found["phases"] = {"all": phases.all, "at_the_end": phases.at_the_end}
     (folder / "readonly").write_text("a file where a folder should be")
     case("no_folder", config(folder, "readonly"))
     store = open_store(str(folder / "runs"))
@@ -173,6 +190,16 @@ def lr_factors(folder, name):
     ticks = [row for row in effective(read_rows(folder / name)) if row["kind"] == "tick" and row["level"] == "base"]
     lr = config(folder, name).levels.levels[0].lr
     return {row["tokens"] // QUANTUM: row["lr"] / lr for row in ticks}
+
+
+def test_a_quantum_ends_in_a_phase_whose_limit_is_short(found):
+    """After a save or a validation ranks meet, and there a hang must not be taken for a slow phase."""
+    phases = found[1]["phases"]
+    first, *others = phases["at_the_end"]
+    assert first == STARTING
+    assert others == [TRAINING] * (QUANTA - 1)
+    assert WAITING_FOR_SAVE in phases["all"] and WAITING_FOR_SAVE in SLOW_PHASES
+    assert TRAINING not in SLOW_PHASES and "saving" in phases["all"] and "saving" not in SLOW_PHASES
 
 
 def test_an_output_that_can_never_be_written_is_refused(found):

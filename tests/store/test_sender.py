@@ -1,5 +1,6 @@
 """Large objects are put by a process of its own: the same bytes and errors, and nothing stays when either side ends."""
 
+import hashlib
 import os
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from nltrain.local.embedded_s3 import EmbeddedS3
 from nltrain.local.fault_proxy import FaultProxy
 from nltrain.store import StoreError, open_store
-from nltrain.store.sender import LARGE_BYTES, Sender, sender_of
+from nltrain.store.sender import LARGE_BYTES, NICENESS, Sender, sender_of
 
 
 def processes() -> list[psutil.Process]:
@@ -26,19 +27,38 @@ def test_only_large_objects_go_through_the_process_and_arrive_as_they_are(bucket
     inner = open_store(bucket + "/sender")
     store = sender_of(inner, 2)
     assert isinstance(store, Sender)
-    store.put("small", b"x" * 100)
+    assert store.put("small", b"x" * 100) == hashlib.sha256(b"x" * 100).hexdigest()
     assert not processes()
     large = os.urandom(LARGE_BYTES + 7)
-    store.put("large", large)
+    assert store.put("large", large) == hashlib.sha256(large).hexdigest()
     (process,) = processes()
+    assert process.nice() == os.nice(0) + NICENESS
     store.put("large", memoryview(large)[::1])
-    store.put("shorter", large[:-3])  # into memory that held more before
+    shorter = store.put("shorter", large[:-3])  # into memory that held more before
+    assert shorter == hashlib.sha256(large[:-3]).hexdigest()
     assert [store.inner.get(key) for key in ("small", "large", "shorter")] == [b"x" * 100, large, large[:-3]]
     assert [p.pid for p in processes()] == [process.pid]
     store.close()
     assert not processes()
     store.put("again", large)
     assert inner.get("again") == large
+    store.close()
+
+
+def test_memory_grows_only_for_an_object_that_is_larger_than_all_before(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grown, grow = [], os.ftruncate
+
+    def counted(fd: int, length: int) -> None:
+        grown.append(length)
+        grow(fd, length)
+
+    monkeypatch.setattr(os, "ftruncate", counted)
+    store = Sender(open_store(bucket + "/grows"), 1)
+    for num_bytes in (LARGE_BYTES, LARGE_BYTES, LARGE_BYTES + 9, LARGE_BYTES + 1):
+        store.put("object", os.urandom(num_bytes))
+    assert grown == [LARGE_BYTES, LARGE_BYTES + 9]
     store.close()
 
 

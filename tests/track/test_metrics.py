@@ -4,7 +4,15 @@ import json
 import time
 
 from nltrain.store import open_store
-from nltrain.track.metrics import MetricsLog, effective, fetch_missing, log_fault, published_key, read_rows
+from nltrain.track.metrics import (
+    MetricsLog,
+    RowsReader,
+    effective,
+    fetch_missing,
+    log_fault,
+    published_key,
+    read_rows,
+)
 from nltrain.track.report import summarise
 from nltrain.track.rows import StepRow, of_kind
 from tests.track.support import row, run_with_a_kill
@@ -23,6 +31,25 @@ def test_a_line_torn_by_a_kill_is_left_out(tmp_path):
     with log.path.open("a") as file:
         file.write('{"kind": "step", "tok')
     assert [each.kind for each in read_rows(tmp_path)] == ["attempt"]
+
+
+def test_a_second_read_has_what_was_written_since_the_first_and_a_torn_line_once_it_is_whole(tmp_path):
+    reader = RowsReader(tmp_path)
+    assert reader.read() == []
+    first, second = MetricsLog(tmp_path, 1), MetricsLog(tmp_path, 2)
+    first.log(row("attempt", workers=1))
+    second.log(row("attempt", 100, workers=2))
+    assert [each.tokens for each in reader.read()] == [0, 100]
+    line = json.dumps(row("step", 100).to_json() | {"attempt": 1, "time_s": 1.0}) + "\n"
+    with first.path.open("a") as file:
+        file.write(line[:20])
+        file.flush()
+        assert [each.tokens for each in reader.read()] == [0, 100]
+        file.write(line[20:])
+    log_fault(tmp_path, signal="SIGKILL", rank=0, pid=1, tokens=100)
+    assert [each.kind for each in reader.read()] == ["fault", "attempt", "step", "attempt"]
+    assert reader.read() == read_rows(tmp_path)
+    first.close(), second.close()
 
 
 def test_rows_are_ordered_by_attempt_whatever_the_clocks_say(tmp_path, monkeypatch):
