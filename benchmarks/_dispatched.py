@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from kernels import Initial, Inputs, MemoryRule, chunk
 from kernels.blocking import build_blocking
 from kernels.state import init_weights
-from nltrain.model import build, preset
+from nltrain.model import arrange, build, preset
 
 # Metadata and allocation; views say so themselves.
 NO_KERNEL = {"_unsafe_view", "detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
@@ -97,17 +97,24 @@ def chunk_counts(rule: MemoryRule, size: str = "1p3b", num_sequences: int = 2, *
     return out
 
 
-def micro_step_kernels(size: str = "1p3b", num_sequences: int = 2, num_tokens: int = 4096, **changes: Any) -> int:
-    """Kernels of one micro-step of a preset of Hope: loss and gradients, no optimizer.
+def micro_step_kernels(
+    size: str = "1p3b", num_sequences: int = 2, num_tokens: int = 4096, document_tokens: int | None = None,
+    **changes: Any,
+) -> int:  # fmt: skip
+    """Kernels of one micro-step of a preset of Hope on the meta device: loss and gradients, no optimizer.
 
-    changes: fields of the model's config. The count does not depend on widths, so the layers of the run are narrow; and
-    every layer adds the same, so there are one and two of them.
+    document_tokens: length of the documents of every sequence, which begin at different places; None: one document.
+    changes: fields of the model's config. Every layer adds the same, so the run is of one layer and of two.
     """
     config = replace(preset("hope", size), **changes)
-    narrow = replace(config, width=32, head_dim=16, memory_hidden=16, vocab_size=64)
-    tokens = torch.zeros(num_sequences, num_tokens, dtype=torch.long)
+    documents = None
+    if document_tokens is not None:
+        begins = torch.arange(num_tokens) + 37 * torch.arange(num_sequences).unsqueeze(1)
+        documents = arrange(config, begins % document_tokens == 0).to("meta")
+    tokens = torch.zeros(num_sequences, num_tokens, dtype=torch.long, device="meta")
     totals = []
     for num_layers in (1, 2):
-        model = build(replace(narrow, num_layers=num_layers))
-        totals.append(count(lambda model=model: model.loss(tokens, tokens).backward())[1])
+        with torch.device("meta"):
+            model = build(replace(config, num_layers=num_layers))
+        totals.append(count(lambda model=model: model.loss(tokens, tokens, documents).backward())[1])
     return totals[0] + (config.num_layers - 1) * (totals[1] - totals[0])

@@ -29,8 +29,9 @@ Running = tuple[Weights, Weights, Weights | None]
 
 
 @cache
-def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=False, backend=backend)
+def _compiled(function: Callable[..., Any], backend: str, whole: bool = False) -> Callable[..., Any]:
+    """whole: what cannot be compiled as one graph is an error."""
+    return torch.compile(function, dynamic=False, backend=backend, fullgraph=whole)
 
 
 def self_modify(
@@ -93,7 +94,7 @@ def _run_stacked(
     x = _by_slot(inputs, rule, blocking, dtype)
     calls: Any = (forward_block, backward_block)
     if compile_backend:
-        calls = tuple(_compiled(function, compile_backend) for function in calls)
+        calls = tuple(_compiled(function, compile_backend, whole=True) for function in calls)
     lambda_d = erasure_by_row(rule, num_sequences, num_heads, x["q"])
     loop = stacked_loop.build_loop(rule, initial, num_sequences, x, blocking, lambda_d, calls, truncate_blocks)
     start = run = loop.base.zeros()

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels.blocking import Blocking, RowMask
 from kernels.ops import l2norm
@@ -116,6 +117,7 @@ class _Group(torch.autograd.Function):
         return (o, *run) if start is run else (o, *run, *start)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_o: Tensor, *d_state: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """Blocks in the opposite order."""
         plan: _Plan = ctx.plan

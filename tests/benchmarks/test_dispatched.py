@@ -1,10 +1,13 @@
 """The counter of dispatched operators, and the bounds on what the memories dispatch."""
 
+from dataclasses import replace
+
 import torch
 
 from benchmarks._dispatched import chunk_counts, count, flops, micro_step_kernels
-from benchmarks.kernels import BOUNDS
+from benchmarks.launches import BOUNDS
 from kernels import MemoryRule
+from nltrain.model import build, preset
 
 
 def test_views_and_allocations_are_operators_but_no_kernels() -> None:
@@ -29,5 +32,15 @@ def test_the_default_rule_stays_within_the_bounds_and_below_the_form_for_every_r
 
 
 def test_every_layer_adds_the_same_to_a_micro_step() -> None:
-    one, two = (micro_step_kernels("160m", 1, 128, num_layers=n) for n in (3, 5))
-    assert (two - one) % 2 == 0 and two > one
+    with torch.device("meta"):
+        model = build(replace(preset("hope", "tiny"), num_layers=4))
+        tokens = torch.zeros(1, 128, dtype=torch.long)
+    whole = count(lambda: model.loss(tokens, tokens).backward())[1]
+    assert micro_step_kernels("tiny", 1, 128, num_layers=4) == whole
+
+
+def test_documents_and_recomputation_add_kernels() -> None:
+    plain = micro_step_kernels("tiny", 2, 320)
+    assert micro_step_kernels("tiny", 2, 320, 150) > plain
+    assert micro_step_kernels("tiny", 2, 320, recompute="chunks") > plain
+    assert micro_step_kernels("tiny", 2, 320, recompute="block") > plain

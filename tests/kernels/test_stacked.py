@@ -76,6 +76,15 @@ def test_compiled_steps_give_the_same_gradients() -> None:
     torch.compiler.reset()
 
 
+def test_a_second_derivative_is_refused() -> None:
+    case = _case({}, 8, 20)
+    k = case.inputs.k.requires_grad_()
+    o, _ = chunk.self_modify(case.inputs, case.initial, case.rule)
+    (first,) = torch.autograd.grad(o.square().sum(), k, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
+
+
 def test_what_is_not_the_default_rule_takes_the_other_form() -> None:
     for changes in (
         {"writes": False}, {"memory": "matrix"}, {"adaptive": ("k", "v")}, {"chunk_other": 32}, {"residual": False},

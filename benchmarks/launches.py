@@ -1,11 +1,11 @@
 """What the memories dispatch, counted: kernels per block and layer of `chunk`, and per micro-step of the 1.3B model.
 
-    python -m benchmarks.kernels [--json] [--quick]
+    python -m benchmarks.launches [--json] [--quick]
 
 Counts, no times: they need no GPU and are the same on every machine. Every operator that is neither a view nor an
 allocation counts as one kernel. Recomputation is not part of forward + backward; the micro-step of 2 x 4,096 tokens
-is counted with `model.recompute` none and chunks; --quick leaves it out. --json prints one JSON object as the last
-line; the exit code is 1 when a bound is missed.
+is counted with `model.recompute` none, chunks and block; --quick leaves it out. --json prints one JSON object as the
+last line; the exit code is 1 when a bound is missed.
 """
 
 import argparse
@@ -28,7 +28,9 @@ def measured(quick: bool) -> dict[str, float]:
     if quick:
         return out
     out["kernels_per_micro_step_1p3b"] = micro_step_kernels()
-    out["kernels_per_micro_step_1p3b_recompute_chunks"] = micro_step_kernels(recompute="chunks")
+    out["kernels_per_micro_step_1p3b_documents_of_500"] = micro_step_kernels(document_tokens=500)
+    for recompute in ("chunks", "block"):
+        out[f"kernels_per_micro_step_1p3b_recompute_{recompute}"] = micro_step_kernels(recompute=recompute)
     return out
 
 
