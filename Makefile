@@ -33,8 +33,8 @@ picture: ## draw docs/architecture.svg from the imports; needs nothing but Pytho
 bench: venv ## every benchmark in its quick form
 	@$(RUN) python -m benchmarks --quick
 
-gpu-check: ## kernels and model on this machine's GPU; needs CUDA, torch and pytest only
-	@$(PYTHON) -m benchmarks.gpu_model
+gpu-check: ## kernels, model and job on this machine's GPU; its first part needs CUDA, torch, triton and pytest only
+	@$(PYTHON) -m benchmarks.gpu_check
 
 clean: ## remove the environment and all runs
 	rm -rf .venv runs

@@ -1,12 +1,10 @@
 """The paper's language models as runs: Hope at 760M on 30B tokens and at 1.3B on 100B, in numbers that a job states."""
 
-from dataclasses import replace
-
 from nltrain.checkpoint.config import CheckpointConfig
 from nltrain.config import RunConfig, TrainConfig
 from nltrain.data.config import DataConfig
 from nltrain.levels.config import LevelConfig, LevelsConfig, ScheduleConfig
-from nltrain.model import preset
+from nltrain.model import as_trained
 from nltrain.runtime.config import ClusterConfig
 
 QUANTUM = 2**19  # tokens: 128 sequences of 4,096
@@ -23,8 +21,7 @@ def paper_run(
 
     The run goes on with half of `workers` when nodes are lost.
     """
-    # Without recomputing, the chunk loop would keep 80 to 100 GiB of activations per sequence.
-    model = replace(preset("hope", size), recompute="chunks")
+    model = as_trained("hope", size)
     patterns = model.level_patterns()
     levels = tuple(
         LevelConfig(
@@ -64,6 +61,12 @@ def paper_run(
             validation_sequences=256,
         ),
         cluster=ClusterConfig(
-            max_workers=workers, min_workers=workers // 2, device="cuda", cpus_per_worker=8.0, threads_per_worker=4
+            max_workers=workers,
+            min_workers=workers // 2,
+            device="cuda",
+            cpus_per_worker=8.0,
+            threads_per_worker=4,
+            matmul_precision="high",
+            allocator="expandable_segments:True",
         ),
     )

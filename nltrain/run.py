@@ -25,6 +25,7 @@ from nltrain.collectives import Ranks
 from nltrain.config import DERIVED, RunConfig, check_vocabulary, may_change_on_resume, to_dict
 from nltrain.data import Batch, TokenStream, open_order
 from nltrain.derived import cut_of, evaluation_setting, run_facts, samples_of, total_tokens
+from nltrain.device import prepare_device
 from nltrain.evaluate.protocol import Evaluation
 from nltrain.evaluate.registry import make_evaluations
 from nltrain.evaluate.sample import sample_text
@@ -32,7 +33,7 @@ from nltrain.fragment import Fragment
 from nltrain.levels.digest import weights_sha256
 from nltrain.levels.guard import MicroStep
 from nltrain.levels.scheduler import LevelScheduler, Tick
-from nltrain.model import arrange, build
+from nltrain.model import arrange, build, say_choices
 from nltrain.resume import data_changes, rank_seed, saved_rank_states, schedule_changes, seed_all
 from nltrain.saving import SaveLog
 from nltrain.store import open_store
@@ -70,9 +71,7 @@ class Run:
         self._supervision = supervision or Unsupervised(time.time())
         self._supervision.beat(STARTING, 0)
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.device = torch.device(config.cluster.device)
-        if self.device.type == "cuda":
-            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.device, self._settings = prepare_device(config.cluster)
         self.order = open_order(config.data)
         check_vocabulary(config, self.order.vocab_size)
         self._store = open_store(config.checkpoint.url)
@@ -81,7 +80,9 @@ class Run:
         self._ranks = Ranks(config.cluster.process_group_timeout_s)
         self._fence = Fence(self._store, config.name, self.attempt) if self.rank == 0 else None
         torch.manual_seed(config.train.seed)
-        self.model = build(config.model).to(self.device)
+        dtype = torch.bfloat16 if config.levels.dtype == "bf16" else torch.float32
+        self._choices = say_choices(config.model, self.device, dtype)
+        self.model = build(config.model, self.device)
         self._shapes = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
         self.levels = LevelScheduler(self.model, config.levels, config.data.seq_len, self.device)
         self.evaluations = make_evaluations(evaluation_setting(config, self.rank, self.world_size, self.device))
@@ -294,7 +295,8 @@ class Run:
         name, started_s = loaded.name if loaded else None, self._supervision.started_s
         announcement = self.record.begin(self.attempt, self.world_size, self.tokens, name, started_s)
         self._show("starting", force=True)
-        for line in (announcement, *self._changes, *map(lines.level_line, self.levels.describe())):
+        choices = (f"device: {self._settings}", f"model: {self._choices}")
+        for line in (announcement, *choices, *self._changes, *map(lines.level_line, self.levels.describe())):
             self.record.say(line)
 
     def _save_for_good(self, retain: bool = True) -> None:

@@ -7,16 +7,19 @@ the memory rule, `hope_attention` and `transformer` replace the memories by soft
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+import torch
+
 from kernels import MemoryRule
 from kernels.dispatch import Options, refusal
 from nltrain.errors import ConfigError, require
+from nltrain.model import attention
 from nltrain.settings import MAY_CHANGE
 
 FAMILIES = ("hope", "hope_attention", "titans", "matrix", "transformer")
 ATTENTION_FAMILIES = ("hope_attention", "transformer")
 # Fields that decide which code computes the numbers. They change results within rounding only: they may change on
 # resume, and what is kept of a run (an exported model, the result of a benchmark) does not depend on them.
-IMPLEMENTATION_FIELDS = ("kernel", "compile", "compile_backend", "logits_bytes")
+IMPLEMENTATION_FIELDS = ("kernel", "attention", "compile", "compile_backend", "logits_bytes")
 # Child names of the CMS module that are not levels.
 RESERVED_LEVEL_NAMES = ("mix", "base", "rest")
 
@@ -81,6 +84,10 @@ class ModelConfig:
     kernel: str = field(default="auto", metadata=MAY_CHANGE)
     """Implementation of the memories (kernels/dispatch.py). "chunk": chunk-parallel. "naive": token by token, the
     definition, a hundred times slower. "auto": the fastest that can run; the only value for attention families."""
+    attention: str = field(default="auto", metadata=MAY_CHANGE)
+    """How attention inside documents is computed (nltrain/model/attention.py). "varlen": one launch for all documents,
+    on a GPU in bf16. "documents": one call per document. "mask": a dense mask. "auto": the first of these that can run;
+    the only value for families with memories."""
     compile: str = field(default="none", metadata=MAY_CHANGE)
     """Parts that run through torch.compile. "none"; "steps": each step of the chunk loop (families with memories);
     "blocks": also the feed-forward parts, and whole blocks of attention families."""
@@ -131,7 +138,11 @@ class ModelConfig:
             require(self.compile != "steps", "model.compile", self.compile, no_loop)
             no_loop = f"{self.family} has no chunk loop; choose none or block"
             require(self.recompute != "chunks", "model.recompute", self.recompute, no_loop)
+            reason = attention.refusal(self.attention, self.head_dim, self.compile == "blocks", None, torch.bfloat16)
+            require(reason is None, "model.attention", self.attention, reason or "")
             return
+        no_attention = f"{self.family} has no attention; use auto"
+        require(self.attention == "auto", "model.attention", self.attention, no_attention)
         reason = refusal(self.kernel, self.rule, self.kernel_options)
         require(reason is None, "model.kernel", self.kernel, reason or "")
 

@@ -5,6 +5,7 @@ the fp32 sum over real targets, so that the caller decides what to average over.
 B sequences, T tokens, D width, V vocabulary.
 """
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import compiler
+from nltrain.model import attention
 from nltrain.model.config import ATTENTION_FAMILIES, ModelConfig
 from nltrain.model.feedforward import CMS, SwiGLU
 from nltrain.model.mixers import Attention, MemoryMixer
@@ -78,9 +80,15 @@ class LanguageModel(nn.Module):
         self, tokens_BT: Tensor, documents: Documents, state: LanguageModelState | None
     ) -> tuple[Packing, Tensor]:
         """Where documents begin, and the embedded tokens [B, T, D]."""
-        if self.config.compile != "none":
-            compiler.require(self.config.compile_backend, tokens_BT.device.type)
-        return _packing(tokens_BT, documents, state), self.embedding(tokens_BT)
+        config, device = self.config, tokens_BT.device
+        if config.compile != "none":
+            compiler.require(config.compile_backend, device.type)
+        packing, x = _packing(tokens_BT, documents, state), self.embedding(tokens_BT)
+        if config.family in ATTENTION_FAMILIES:
+            compiled = config.compile == "blocks"
+            way = attention.chosen(config.attention, config.head_dim, compiled, device, x.dtype)
+            packing = replace(packing, attention=way)
+        return packing, x
 
     def _hidden(
         self, tokens_BT: Tensor, documents: Documents, state: LanguageModelState | None
@@ -159,8 +167,8 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def diagnostics(self, tokens_BT: Tensor) -> list[dict[str, Tensor]]:
         """For each block with memories, figures per chunk: eta, alpha, |v|/|k|, |dW|/|W|; see `kernels.diagnostics`."""
-        packing = _packing(tokens_BT, None, None)
-        x, figures = self.embedding(tokens_BT), []
+        packing, x = self._begin(tokens_BT, None, None)
+        figures = []
         for block in self.blocks:
             assert isinstance(block, Block)
             if isinstance(block.mixer, MemoryMixer):
@@ -204,6 +212,12 @@ def _packing(tokens_BT: Tensor, documents: Documents, state: LanguageModelState 
     return packing.to(tokens_BT.device)
 
 
-def build(config: ModelConfig) -> LanguageModel:
-    """The model of `config`, initialised from torch's global generator."""
-    return LanguageModel(config)
+def build(
+    config: ModelConfig, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> LanguageModel:
+    """The model of `config` as jobs and benchmarks use it, initialised from torch's global generator of the CPU.
+
+    So the same seed gives the same weights on every device. device, dtype: where and as what they then are; None: as
+    torch makes them.
+    """
+    return LanguageModel(config).to(device=device, dtype=dtype)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from kernels import Inputs, MemoryState
 from kernels.diagnostics import chunk_diagnostics
 from kernels.dispatch import choose
+from nltrain.model.attention import attend
 from nltrain.model.config import ModelConfig
 from nltrain.model.packing import Packing
 from nltrain.model.parts import CausalConv, HeadNorm, MemoryHolder
@@ -26,7 +27,7 @@ class MemoryMixerState(NamedTuple):
 
 
 class AttentionState(NamedTuple):
-    """Keys and values seen so far, [B, H, T_past, d], and the convolution's last inputs."""
+    """Keys and values seen so far, [B, T_past, H, d], and the convolution's last inputs."""
 
     history: Tensor
     k: Tensor
@@ -109,10 +110,10 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.out = (nn.Linear(config.width, config.width, bias=False) for _ in range(4))
 
     def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        """x [B, H, T, d], positions [B or 1, T]."""
+        """x [B, T, H, d], positions [B or 1, T]."""
         half = self.config.head_dim // 2
         frequency = self.config.rope_theta ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
-        angle = (positions.unsqueeze(-1) * frequency).unsqueeze(1)
+        angle = (positions.unsqueeze(-1) * frequency).unsqueeze(2)
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         a, b = x[..., :half], x[..., half:]
         return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
@@ -122,12 +123,10 @@ class Attention(nn.Module):
         paths, history = self.short_conv(u, packing, state.history if state else None)
 
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.config.num_heads, self.config.head_dim)).transpose(1, 2)
+            return x.unflatten(-1, (self.config.num_heads, self.config.head_dim))
 
         q, k, v = heads(self.q(paths[0])), heads(self.k(paths[1])), heads(self.v(paths[2]))
         q, k = self._rotate(q, packing.positions), self._rotate(k, packing.positions)
         if state is not None:
-            k, v = torch.cat([state.k, k], 2), torch.cat([state.v, v], 2)
-        mask = packing.attention_mask(k.shape[2] - q.shape[2])
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.out(o.transpose(1, 2).flatten(2)), AttentionState(history, k, v)
+            k, v = torch.cat([state.k, k], 1), torch.cat([state.v, v], 1)
+        return self.out(attend(q, k, v, packing).flatten(2)), AttentionState(history, k, v)

@@ -30,6 +30,13 @@ class Packing:
     """`starts` in host memory."""
     host_first: Tensor
     """[B] tokens of its document that each row has read before, in host memory."""
+    lengths: tuple[int, ...] | None = None
+    """Tokens of each document, row after row; None where none begins inside the batch, and where rows are continued."""
+    ends: Tensor | None = None
+    """[K + 1] int32: 0 and the end of each document of `lengths` in the rows laid end to end. The last one is repeated
+    until K is a power of two, so that few shapes occur."""
+    attention: str = "mask"
+    """How attention inside documents is computed (`nltrain.model.attention`); the model sets it."""
     blockings: dict[tuple[int, int], Blocking] = field(default_factory=dict)
     """The blocks of the chunk loop by the two chunk lengths, on the device of `positions`."""
 
@@ -46,7 +53,11 @@ class Packing:
         first = position.cpu() if position is not None else torch.zeros(shape[0], dtype=torch.long)
         if starts is not None and not bool((starts if streamed else starts[:, 1:]).any()):
             starts = None
-        return cls(streamed, starts, token_positions(starts, first, shape[1]), starts, first)
+        positions = token_positions(starts, first, shape[1])
+        lengths = ends = None
+        if starts is not None and not streamed:
+            lengths, ends = _documents(starts)
+        return cls(streamed, starts, positions, starts, first, lengths, ends)
 
     @property
     def num_tokens(self) -> int:
@@ -104,15 +115,22 @@ class Packing:
 
     def _tensors(self) -> Iterator[Tensor]:
         yield self.positions
-        if self.starts is not None:
-            yield self.starts
+        yield from (x for x in (self.starts, self.ends) if x is not None)
         for blocking in self.blockings.values():
             yield from blocking.tensors()
 
     def _moved(self, change: Callable[[Tensor], Tensor]) -> "Packing":
-        starts = None if self.starts is None else change(self.starts)
+        starts, ends = (None if x is None else change(x) for x in (self.starts, self.ends))
         blockings = {key: blocking.moved(change) for key, blocking in self.blockings.items()}
-        return replace(self, starts=starts, positions=change(self.positions), blockings=blockings)
+        return replace(self, starts=starts, ends=ends, positions=change(self.positions), blockings=blockings)
+
+
+def _documents(starts: Tensor) -> tuple[tuple[int, ...], Tensor]:
+    """`Packing.lengths` and `Packing.ends` of [B, T] starts; a row begins a document whether it is marked or not."""
+    first = torch.cat([torch.ones_like(starts[:, :1]), starts[:, 1:]], 1).flatten().nonzero().flatten()
+    ends = torch.cat([first, first.new_tensor([starts.numel()])])
+    padded = 1 << (len(first) - 1).bit_length()
+    return tuple(ends.diff().tolist()), torch.cat([ends, ends[-1:].expand(padded - len(first))]).int()
 
 
 def arrange(config: ModelConfig, document_starts: Tensor) -> Packing:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from kernels.rule import GATES, MemoryRule
 from kernels.state import Initial, Weights, gate_bias
+from nltrain.model.convolution import convolve_in_documents
 from nltrain.model.loss import summed_loss
 
 
@@ -58,6 +59,8 @@ class CausalConv(nn.Module):
         paths = self.weight.shape[1]
         num_tokens = u.shape[1]
         padded = torch.cat([history, u], 1)
+        if taps_seen is not None and u.device.type != "cpu":
+            return F.silu(convolve_in_documents(padded, self.weight, taps_seen))
         windows = [padded[:, self.taps - 1 - j : self.taps - 1 - j + num_tokens] for j in range(self.taps)]
         if taps_seen is not None:
             windows[1:] = [w * taps_seen[..., j, None] for j, w in enumerate(windows[1:])]

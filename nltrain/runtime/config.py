@@ -23,6 +23,12 @@ class ClusterConfig:
     """Ray CPUs reserved per rank."""
     threads_per_worker: int = 1
     """OMP threads per rank."""
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    """Precision of products of fp32 matrices, as torch.set_float32_matmul_precision takes it. "high": TF32 on a GPU;
+    the memories compute in fp32, their states stay fp32."""
+    allocator: str = ""
+    """Settings of torch's allocator on a GPU, as in PYTORCH_ALLOC_CONF: "expandable_segments:True" lets batches of many
+    shapes share memory. Empty: what the environment says."""
     placement: Literal["PACK", "SPREAD", "STRICT_SPREAD"] = "PACK"
     """PACK: as few nodes as possible; SPREAD: as many; STRICT_SPREAD: one rank per node, or wait."""
     max_failures: int = 8

@@ -155,13 +155,10 @@ def collectives_joined() -> int:
 
 def _probe(config: RunConfig) -> str:
     """Refuse a device that gives wrong answers before it trains. Collective; returns a line for the log."""
-    import torch
-
+    from nltrain.device import prepare_device
     from nltrain.runtime.probe import probe, probe_link
 
-    device = torch.device(config.cluster.device)
-    if device.type == "cuda":
-        device = torch.device("cuda", torch.cuda.current_device())  # Ray has set it
+    device, _ = prepare_device(config.cluster)  # of those that Ray lets this rank see
     text = probe(device)
     link = probe_link(device)
     return f"{text}; all-reduce {link.gb_per_s:.2f} GB/s a rank"

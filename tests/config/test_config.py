@@ -23,6 +23,7 @@ MAY_CHANGE = {
     "checkpoint",
     "model.recompute",
     "model.kernel",
+    "model.attention",
     "model.compile",
     "model.compile_backend",
     "model.logits_bytes",
