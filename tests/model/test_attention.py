@@ -89,7 +89,7 @@ def test_a_forced_way_that_cannot_run_is_an_error_of_the_model_and_of_the_job() 
     tokens = torch.zeros(1, 4, dtype=torch.long)
     with pytest.raises(AttentionError, match="attention = 'varlen': it needs a GPU"):
         build(config)(tokens)
-    with pytest.raises(ConfigError, match=r"model\.attention = 'varlen': it needs a GPU"):
+    with pytest.raises(ConfigError, match=r"model\.attention='varlen': it needs a GPU"):
         say_choices(config, CPU, torch.float32)
 
 
@@ -127,8 +127,8 @@ def test_the_log_says_what_computes_the_model(changes: dict, said: str) -> None:
 @pytest.mark.parametrize(
     ("family", "compiled", "message"),
     [
-        ("transformer", "blocks", r"model\.compile_backend = 'nonesuch': torch has no back end"),
-        ("hope", "steps", r"model\.kernel = 'auto': chunk: torch has no back end 'nonesuch'"),
+        ("transformer", "blocks", r"model\.compile_backend='nonesuch': torch has no back end"),
+        ("hope", "steps", r"model\.kernel='auto': chunk: torch has no back end 'nonesuch'"),
     ],
 )
 def test_a_back_end_that_cannot_run_is_refused_before_the_model_is_built(family, compiled, message) -> None:

@@ -35,7 +35,7 @@ def test_each_head_is_normed_alone() -> None:
 
 
 def test_the_embedding_is_both_ends_and_ignored_targets_cost_nothing() -> None:
-    embedding = TiedEmbedding(7, 4)
+    embedding = TiedEmbedding(7, 4, logits_bytes=1 << 20)
     tokens = torch.tensor([[1, 2, 3]])
     x = embedding(tokens)
     logits = embedding(x)

@@ -16,7 +16,7 @@ EXPLAINED = [
     *(f"nltrain/runtime/{name}.py" for name in ("config", "launch", "preflight", "status")),
     *(f"nltrain/local/{name}.py" for name in ("cluster", "demo", "environment", "own_ray")),
     "nltrain/config.py", "nltrain/track/record.py", "nltrain/resume.py", "nltrain/run.py",
-    "nltrain/levels/optimizers.py",
+    "nltrain/levels/optimizers.py", "nltrain/model/choices.py",
 ]  # fmt: skip
 ALSO = [
     *(f"nltrain/{room}" for room in ("checkpoint", "track", "data", "store", "local")),
