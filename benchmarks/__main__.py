@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-GPU_ONLY = ("gpu_check", "gpu_job", "gpu_model")
+GPU_ONLY = ("gpu_check", "gpu_job", "gpu_kernels", "gpu_model")
 
 
 def main() -> int:

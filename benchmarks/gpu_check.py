@@ -1,12 +1,12 @@
 """Everything that a GPU can show, in one command, one JSON and one table. `make gpu-check` runs it.
 
-    python -m benchmarks.gpu_check [--json] [--quick] [--device cuda|cpu] [--skip PART ...] [--out FILE]
+    python -m benchmarks.gpu_check [--json] [--quick] [--device cuda|cpu] [--skip PART ...] [--minutes M] [--out FILE]
 
 The first part needs CUDA, torch, triton and pytest alone; what a part lacks is said. Parts, each a process of its own
 with a limit of time, so that one that fails, hangs or breaks the device does not hide the others:
 
     tests    tests/kernels and tests/model on the device
-    kernels  python -m benchmarks.kernels, where there is one
+    kernels  python -m benchmarks.gpu_kernels: the memories alone, their speed and their error against float64
     model    python -m benchmarks.gpu_model: training speed and memory
     job      python -m benchmarks.gpu_job: the real loop, where deepspeed is installed
 
@@ -16,6 +16,7 @@ with a limit of time, so that one that fails, hangs or breaks the device does no
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+# What each part may take of the whole.
+MINUTES = 8.0
+SHARES = {"tests": 0.33, "kernels": 0.12, "model": 0.30, "job": 0.25}
 MISSING = 2  # exit code of a part that found no device
 
 
@@ -37,25 +41,30 @@ class Part:
     command: tuple[str, ...]
     """arguments of Python"""
     limit_s: float
-    """of 480 s for all"""
+    """after which it is ended"""
     writes_json: bool = True
     """whether it takes --out and fills that file"""
     skipped: str = ""
     """why it is not run; empty: it is"""
 
 
-def parts_of(device: str, quick: bool, skip: tuple[str, ...]) -> list[Part]:
-    """The parts, in order."""
+def parts_of(device: str, quick: bool, skip: tuple[str, ...], minutes: float = MINUTES) -> list[Part]:
+    """The parts, in order; together they may take `minutes`."""
     tests = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels", "tests/model")
     if quick:
         tests += ("-k", "rows_per_piece or layers_share")
     common = ("--device", device, *(("--quick",) if quick else ()))
-    has_kernels = (ROOT / "benchmarks" / "kernels.py").exists()
+    share = {name: fraction * minutes * 60 for name, fraction in SHARES.items()}
+
+    def budget(name: str) -> tuple[str, str]:
+        """Seconds for its measurements: the rest of its share is for building and compiling."""
+        return "--budget-s", f"{0.7 * share[name]:.0f}"
+
     parts = [
-        Part("tests", tests, 150, writes_json=False),
-        Part("kernels", ("-m", "benchmarks.kernels", "--json"), 60, False, "" if has_kernels else "there is none yet"),
-        Part("model", ("-m", "benchmarks.gpu_model", *common, "--budget-s", "20" if quick else "110"), 140),
-        Part("job", ("-m", "benchmarks.gpu_job", *common), 120),
+        Part("tests", tests, share["tests"], writes_json=False),
+        Part("kernels", ("-m", "benchmarks.gpu_kernels", *common, *budget("kernels")), share["kernels"]),
+        Part("model", ("-m", "benchmarks.gpu_model", *common, *budget("model")), share["model"]),
+        Part("job", ("-m", "benchmarks.gpu_job", *common), share["job"]),
     ]
     if find_spec("pytest") is None:
         parts[0] = Part("tests", tests, 0, False, "pytest is not installed")
@@ -65,11 +74,10 @@ def parts_of(device: str, quick: bool, skip: tuple[str, ...]) -> list[Part]:
     ]
 
 
-def last_json(text: str) -> Any:
-    """The JSON object in the last line of `text`, or None."""
-    lines = text.strip().splitlines()
+def read_json(text: str) -> Any:
+    """What the JSON text holds; None where it is none, or was cut off when its process was ended."""
     try:
-        return json.loads(lines[-1]) if lines else None
+        return json.loads(text)
     except ValueError:
         return None
 
@@ -81,20 +89,23 @@ def run(part: Part, device: str, folder: Path) -> dict[str, Any]:
     out, log = folder / f"{part.name}.json", folder / f"{part.name}.log"
     command = [sys.executable, *part.command, *(("--out", str(out)) if part.writes_json else ())]
     environment = os.environ | {"NLTRAIN_TEST_DEVICE": device, "DS_ACCELERATOR": device}
-    began_s, reason, text = time.monotonic(), "", ""
-    try:
-        with log.open("w") as written:
-            done = subprocess.run(
-                command, cwd=ROOT, env=environment, stdout=written, stderr=subprocess.STDOUT, timeout=part.limit_s
-            )
-        if done.returncode:
-            reason = "no device" if done.returncode == MISSING else f"exit code {done.returncode}"
-    except subprocess.TimeoutExpired:
-        reason = f"not done within {part.limit_s:.0f} s"
+    began_s, reason = time.monotonic(), ""
+    with log.open("w") as written:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=written, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            code = process.wait(part.limit_s)
+            if code:
+                reason = "no device" if code == MISSING else f"exit code {code}"
+        except subprocess.TimeoutExpired:
+            reason = f"not done within {part.limit_s:.0f} s"
+            os.killpg(process.pid, signal.SIGKILL)  # the processes that it has started hold the device, too
+            process.wait()
     text = log.read_text(errors="replace")
     print(text, end="", flush=True)
     found = {"status": "failed" if reason else "ok", "seconds": round(time.monotonic() - began_s, 1)}
-    result = json.loads(out.read_text()) if out.exists() else last_json(text)
+    result = read_json(out.read_text()) if out.exists() else None
     if reason:
         found |= {"reason": reason, "log_ends_with": text[-2000:]}
     return found if result is None else found | {"result": result}
@@ -125,7 +136,8 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     parser.add_argument("--quick", action="store_true", help="few tests, one narrow layer, 12 quanta")
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu only proves the machinery")
-    parser.add_argument("--skip", nargs="*", default=(), help="parts to leave out: tests, kernels, model, job")
+    parser.add_argument("--skip", nargs="*", default=(), choices=tuple(SHARES), help="parts to leave out")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
     parser.add_argument("--out", type=Path, help="write the JSON here")
     args = parser.parse_args()
     if args.device == "cuda":
@@ -135,7 +147,7 @@ def main() -> int:
             print(f"gpu-check: no CUDA device here (torch {torch.__version__}): nothing was tested or measured. "
                   "Run it on a machine with a GPU and a CUDA build of torch.")  # fmt: skip
             return MISSING
-    found = check(parts_of(args.device, args.quick, tuple(args.skip)), args.device)
+    found = check(parts_of(args.device, args.quick, tuple(args.skip), args.minutes), args.device)
     print(table(found))
     if args.out:
         args.out.write_text(json.dumps(found, indent=1))

@@ -52,7 +52,7 @@ class PartFailed(Exception):
 
 def settings(folder: Path, device: str, quick: bool) -> dict[str, Any]:
     """Overrides of the job: a model with the heads of the large ones, two layers, 4 sequences per quantum."""
-    seq_len, width, num_quanta = (64, 64, 12) if quick else (1024, 256, 60)
+    seq_len, width, num_quanta = (64, 64, 12) if quick else (512, 256, 60)
     head, quantum = width // 2, 4 * seq_len
     periods = {"base": 1, "fast": 1, "mid": 4, "slow": 6}
     return {
@@ -239,7 +239,7 @@ def check_stages(runs: Runs) -> dict[str, Any]:
 
 
 def check_memory(runs: Runs) -> dict[str, Any]:
-    """160m at T = 4,096 for three quanta: what the device held at most, over plan and activations."""
+    """160m for three quanta: what the device held at most, over plan and activations."""
     if runs.device != "cuda":
         return {"skipped": "not measured without a GPU"}
     import torch
@@ -272,8 +272,11 @@ CHECKS: dict[str, Callable[[Runs], dict[str, Any]]] = {
 }
 
 
-def check(device: str, quick: bool, skip: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
-    """{part: its figures, with "ok", "skipped" or "failed"}; a part that fails does not hide the others."""
+def check(device: str, quick: bool, skip: tuple[str, ...], out: Path | None) -> dict[str, dict[str, Any]]:
+    """{part: its figures, with "ok", "skipped" or "failed"}; a part that fails does not hide the others.
+
+    out: gets what there is after each part.
+    """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
         return {part: {"skipped": f"not installed: {', '.join(missing)}"} for part in PARTS}
@@ -291,6 +294,8 @@ def check(device: str, quick: bool, skip: tuple[str, ...] = ()) -> dict[str, dic
                 found[part] = {"ok": False, "failed": text}
             found[part]["seconds"] = round(time.monotonic() - began_s, 1)
             print(describe(part, found[part]), flush=True)
+            if out:
+                out.write_text(json.dumps(found, indent=1))
     return found
 
 
@@ -314,7 +319,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write the JSON here")
     args = parser.parse_args()
     os.environ["DS_ACCELERATOR"] = args.device  # read when deepspeed is imported
-    found = check(args.device, args.quick, tuple(args.skip))
+    found = check(args.device, args.quick, tuple(args.skip), args.out)
     if args.out:
         args.out.write_text(json.dumps(found, indent=1))
     if args.json:

@@ -108,27 +108,28 @@ class Models:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._built: dict[tuple[str, ModelConfig], LanguageModel] = {}
+        self._built: dict[tuple[bool, ModelConfig], LanguageModel] = {}
 
     def take(self, mode: str, config: ModelConfig) -> LanguageModel:
         """The model on the device, in bf16; mode "compiled": with ModelConfig.compile = "blocks"."""
         if any(other.width != config.width for _, other in self._built):
             self._built.clear()
-        if (mode, config) not in self._built:
+        compiled = mode == "compiled"
+        if (compiled, config) not in self._built:
             torch.manual_seed(0)
             as_run = config
-            if mode == "compiled":
+            if compiled:
                 torch.compiler.reset()
                 # Without a GPU, inductor shows nothing and takes minutes.
                 backend = "inductor" if self._device.type == "cuda" else "aot_eager"
                 as_run = replace(config, compile="blocks", compile_backend=backend)
             print(f"{config.family}, {mode}: {say_choices(as_run, self._device, torch.bfloat16)}", flush=True)
-            self._built[mode, config] = build(as_run, dtype=torch.bfloat16)
-        return self._built[mode, config].to(self._device)
+            self._built[compiled, config] = build(as_run, dtype=torch.bfloat16)
+        return self._built[compiled, config].to(self._device)
 
     def give_back(self, mode: str, config: ModelConfig) -> None:
         """Frees the device."""
-        if model := self._built.get((mode, config)):
+        if model := self._built.get((mode == "compiled", config)):
             model.zero_grad(set_to_none=True)
             model.cpu()
 

@@ -150,6 +150,12 @@ def largest_that_fits(rows: list[Row]) -> int:
     return max(0, int((CARD_BYTES / 1e9 - constant) / per_sequence))
 
 
+def micro_batch_that_fits_80gb() -> int:
+    """Of the job with recompute = "block", at its own length of sequences: half a minute of one core."""
+    state = state_bytes()
+    return largest_that_fits([row("block", micro_batch, JOB.data.seq_len, state) for micro_batch in MICRO_BATCHES])
+
+
 def main() -> None:
     """Prints the table; with --json one JSON object as the last line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -84,10 +84,6 @@ class ModelConfig:
     kernel: str = field(default="auto", metadata=MAY_CHANGE)
     """Implementation of the memories (kernels/dispatch.py). "chunk": chunk-parallel. "naive": token by token, the
     definition, a hundred times slower. "auto": the fastest that can run; the only value for attention families."""
-    attention: str = field(default="auto", metadata=MAY_CHANGE)
-    """How attention inside documents is computed (nltrain/model/attention.py). "varlen": one launch for all documents,
-    on a GPU in bf16. "documents": one call per document. "mask": a dense mask. "auto": the first of these that can run;
-    the only value for families with memories."""
     compile: str = field(default="none", metadata=MAY_CHANGE)
     """Parts that run through torch.compile. "none"; "steps": each step of the chunk loop (families with memories);
     "blocks": also the feed-forward parts, and whole blocks of attention families."""
@@ -95,6 +91,10 @@ class ModelConfig:
     """Back end of torch.compile, unused when compile is "none". "inductor" needs a C++ compiler on a CPU and triton on
     a GPU; "aot_eager" needs neither and is no faster than no compilation."""
 
+    attention: str = field(default="auto", metadata=MAY_CHANGE)
+    """How attention inside documents is computed (nltrain/model/attention.py). "varlen": one launch for all documents,
+    on a GPU in bf16. "documents": one call per document. "mask": a dense mask. "auto": the first of these that can run;
+    the only value for families with memories."""
     logits_bytes: int = field(default=256 << 20, metadata=MAY_CHANGE)
     """fp32 logits held at once, in bytes: the loss of a batch with more is computed in pieces of its tokens."""
 

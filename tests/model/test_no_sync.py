@@ -48,6 +48,23 @@ def test_nor_does_one_of_the_jobs_models(family: str) -> None:
     _step(config, _starts(200), torch.bfloat16)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("family", ["hope", "titans", "matrix", "transformer", "hope_attention"])
+def test_nor_does_one_on_a_gpu(family: str) -> None:
+    config, starts = small(family, recompute="block", head_dim=16, width=32, logits_bytes=1), _starts(20)
+    model = build(config, "cuda", torch.bfloat16)
+    tokens = torch.zeros(starts.shape, dtype=torch.long).pin_memory()
+    documents = arrange(config, starts).pin_memory()
+    model.loss(tokens.cuda(), tokens.cuda(), documents.to("cuda")).backward()  # what is made on first use
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_device = tokens.to("cuda", non_blocking=True)
+        model.loss(on_device, on_device, documents.to("cuda", non_blocking=True)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_documents_that_only_the_device_knows_would_be_read_from_it() -> None:
     with torch.device("meta"):
         model = build(small("hope"))
