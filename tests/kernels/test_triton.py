@@ -1,0 +1,111 @@
+"""Triton == the token loop, in Triton's interpreter; what the kernels do not support is refused with the reason."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from benchmarks import _triton_cases
+from benchmarks._memory_cases import make_case
+from kernels import MemoryRule, dispatch, triton_call
+from kernels.blocking import build_blocking
+from kernels.dispatch import KernelError, Options, choose, refusal
+from kernels.triton_call import block_table, refused_widths
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
+UNSUPPORTED = {
+    "memory": "matrix", "chunk_mem": 32, "chunk_other": 16, "adaptive": ("k", "v", "q", "eta", "alpha"),
+    "residual": False, "activation": "gelu", "read": "frozen", "decay": "literal", "eta_gate": "hard",
+    "objective": "dot", "target": "value", "normalize_inputs": False, "normalize_v": False, "normalize_target": True,
+    "momentum": True, "writes": False, "normalized_step": True,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, dict[str, float]]:
+    """The errors of every case, from one process in which Triton interprets."""
+    command = [sys.executable, "-m", "benchmarks._triton_cases"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return {line.pop("name"): line for line in lines}
+
+
+@needs_triton
+@pytest.mark.parametrize("name", [*_triton_cases.CASES, "pieces of a sequence"])
+def test_outputs_states_and_gradients_equal_those_of_the_token_loop(name: str, found: dict) -> None:
+    bound = 5e-3 if name == "bf16 inputs" else 1e-5
+    assert found[name]["forward"] <= bound and found[name]["gradient"] <= bound, found[name]
+
+
+@pytest.mark.parametrize("field", UNSUPPORTED)
+def test_every_unsupported_option_is_refused_with_the_reason(field: str) -> None:
+    rule = MemoryRule(**{field: UNSUPPORTED[field]})
+    reason = refusal("triton", rule, Options())
+    assert reason is not None and field in reason and "choose kernel = 'chunk'" in reason
+    with pytest.raises(KernelError, match="kernel = 'triton': the Triton kernels need"):
+        choose("triton", rule, Options(), "cuda")
+    assert choose("auto", rule, Options(), "cuda") is not None
+
+
+def test_every_field_of_a_rule_is_supported_or_refused() -> None:
+    free = {"lambda_d", "eta_max", "gradient_bound", "layerwise_dgd"}
+    assert set(UNSUPPORTED) | free == set(MemoryRule.__dataclass_fields__)
+    for field, value in {"lambda_d": 0.5, "eta_max": 0.05, "gradient_bound": None, "layerwise_dgd": False}.items():
+        assert refusal("triton", MemoryRule(**{field: value}), Options()) is None
+    for tokens in triton_call.CHUNKS:
+        assert refusal("triton", MemoryRule(chunk_mem=tokens, chunk_other=tokens), Options()) is None
+
+
+def test_options_devices_and_widths_that_the_kernels_do_not_have_are_refused() -> None:
+    assert "no compile_backend" in str(refusal("triton", MemoryRule(), Options(compile_backend="inductor")))
+    assert "no truncate_blocks" in str(refusal("triton", MemoryRule(), Options(truncate_blocks=4)))
+    assert refusal("triton", MemoryRule(), Options(recompute=True)) is None
+    assert "CUDA device" in str(refusal("triton", MemoryRule(), Options(), "cpu")) or not importlib.util.find_spec(
+        "triton"
+    )
+    assert [refused_widths(n, n) is None for n in (16, 32, 48, 64, 128, 256)] == [True, True, False, True, True, False]
+    assert refused_widths(64, 128) is not None
+    case = make_case(MemoryRule(), 3, 1)
+    with pytest.raises(KernelError, match="need head width = hidden width"):
+        dispatch.IMPLEMENTATIONS["triton"].run(
+            case.inputs, case.initial, MemoryRule(), None, None, None, options=Options()
+        )
+
+
+def test_without_the_package_the_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_call, "find_spec", lambda name: None)
+    assert "triton is not installed" in str(triton_call.refusal(MemoryRule(), "cuda"))
+    assert triton_call.refusal(MemoryRule(), None) is None
+
+
+def test_auto_passes_to_chunk_where_the_widths_do_not_fit_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    case = make_case(MemoryRule(), 3, 1)
+    call = choose("auto", MemoryRule(), Options(), "cpu")
+    want, _ = choose("chunk", MemoryRule(), Options(), "cpu")(case.inputs, case.initial, case.rule, None, None, None)
+    got, _ = call(case.inputs, case.initial, case.rule, None, None, None)
+    assert torch.equal(got, want) and not caplog.records
+    dispatch._say_passed_over.cache_clear()
+    for _ in range(2):
+        dispatch._say_passed_over("triton", "widths")
+    assert [record.getMessage() for record in caplog.records] == ["kernel = 'auto' does not take 'triton': widths"]
+
+
+def test_the_table_of_blocks_says_where_documents_begin_and_which_rows_end_inside_a_chunk() -> None:
+    rule = MemoryRule(chunk_mem=16, chunk_other=16)
+    starts = torch.zeros(2, 32, dtype=torch.bool)
+    starts[0, 20] = True
+    blocking = build_blocking(rule, 32, torch.tensor([0, 0]), starts)
+    table = block_table(blocking, 2, torch.device("cpu"))
+    rows = [[row for row in table[:, b].tolist() if row[1]] for b in range(2)]
+    # first token, tokens, state kept, last of a row that ends inside a chunk
+    assert rows[0] == [[0, 16, 0, 0], [16, 4, 1, 0], [20, 12, 0, 1]]
+    assert rows[1] == [[0, 16, 0, 0], [16, 16, 1, 0]]
+    assert block_table(blocking, 2, torch.device("cpu")) is table
+    alike = block_table(build_blocking(rule, 20, torch.tensor([5, 5]), None), 2, torch.device("cpu"))
+    assert alike[:, 0].tolist() == alike[:, 1].tolist() == [[0, 11, 1, 0], [11, 9, 1, 1]]
