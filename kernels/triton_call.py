@@ -116,7 +116,7 @@ class Plan(NamedTuple):
     hidden: int
     table: Tensor  # [blocks, B, 4], see `block_table`
     weights: Tensor  # [2, H] weight of the erasure of W2 and of W1
-    low_precision: bool  # bf16 operands of the products
+    low_precision: bool  # bf16 operands of the products, and bf16 scratch memory
     group: int  # blocks between two stored states
 
     @property
@@ -145,6 +145,14 @@ class Plan(NamedTuple):
         """1 / gradient_bound^2, 0 where nothing is bounded."""
         return 0.0 if self.rule.gradient_bound is None else self.rule.gradient_bound**-2
 
+    @property
+    def scratch(self) -> torch.dtype:
+        """Of what goes from one kernel to another. Gates and states are fp32 in any case.
+
+        Triton's interpreter, on the CPU, does not round to bf16 but cuts off: there it is fp32.
+        """
+        return torch.bfloat16 if self.low_precision and self.table.device.type != "cpu" else torch.float32
+
     def groups(self) -> list[tuple[int, int]]:
         """First block and number of blocks of each group."""
         blocks = len(self.table)
@@ -154,11 +162,14 @@ class Plan(NamedTuple):
         """The compile-time arguments that all kernels share, and `more`."""
         import triton.language as tl
 
-        precise = torch.get_float32_matmul_precision() == "highest"
+        operands, precision = tl.float32, "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        if self.low_precision:
+            # Only Triton's interpreter runs on a CPU.
+            operands, precision = (tl.float32, "rounded") if self.table.device.type == "cpu" else (tl.bfloat16, "ieee")
         shared = {
             "C": self.rule.block_tokens, "D": self.head_dim, "HID": self.hidden, "H": self.num_heads,
             "F": len(self.rule.full_names), "G": len(self.rule.gate_names), "ROOM": self.room, "SIZE": self.size,
-            "OP": tl.bfloat16 if self.low_precision else tl.float32, "PREC": "ieee" if precise else "tf32",
+            "OP": operands, "PREC": precision,
             "num_warps": 8 if self.head_dim == max(WIDTHS) else 4, "num_stages": 1,
         }  # fmt: skip
         return shared | more
@@ -170,9 +181,8 @@ class Plan(NamedTuple):
 
 
 def _flat(weights: Weights, lead: int) -> Tensor:
-    """Weights as fp32 [..., size], `lead` leading dims folded into one."""
-    parts = [w.float().flatten(0, lead - 1).flatten(1) for w in weights]
-    return torch.cat(parts, 1)
+    """Weights as [..., size], `lead` leading dims folded into one."""
+    return torch.cat([w.flatten(0, lead - 1).flatten(1) for w in weights], 1)
 
 
 def _unflat(flat: Tensor, like: Weights, num_sequences: int) -> Weights:
@@ -215,16 +225,18 @@ def self_modify(
     weights = torch.stack([erasure, erasure * rule.erases_output_side]).contiguous()
     plan = Plan(
         rule, num_sequences, num_tokens, num_heads, head_dim, hidden, block_table(blocking, num_sequences, device),
-        weights, inputs.k.dtype == torch.bfloat16 and device.type == "cuda", group_blocks,
+        weights, inputs.k.dtype == torch.bfloat16, group_blocks,
     )  # fmt: skip
     base, start = _flat(initial.weights, 1), None
+    if base.dtype not in (torch.float32, torch.bfloat16):
+        base = base.float()
     if state is None:
-        run = base.new_zeros(plan.rows, plan.size)
+        run = base.new_zeros(plan.rows, plan.size, dtype=torch.float32)
     else:
-        run, begins = _flat(state.run, 2), blocking.blocks[0].begins_mem
+        run, begins = _flat(state.run, 2).float(), blocking.blocks[0].begins_mem
         if begins is not True:
             rows = _rows(begins, num_sequences, device).repeat_interleave(num_heads)[:, None]
-            start = torch.where(rows, run, _flat(state.start, 2))
+            start = torch.where(rows, run, _flat(state.start, 2).float())
     tensors = (x.contiguous() for x in inputs[:4])
     out, final, last_start = MemoriesFunction.apply(
         plan, *tensors, base, initial.slow.float().contiguous(), initial.bias.float().contiguous(), run, start

@@ -24,6 +24,7 @@ from kernels.triton_parts import (
     WRITE2,
     decays,
     dot,
+    fp32_rows,
     load_matrix,
     load_rows,
     load_tile,
@@ -71,7 +72,8 @@ def _generate_gates(
         w2 = load_matrix(start + at, keep * HID, HID, D) + load_matrix(base + at, HID, HID, D)
         a = dot(x, tl.trans(w2), OP, PREC)
         at = w1_place(memory, D, HID, F, G) + tl.arange(0, HID)
-        g1 = tl.load(start + at, mask=tl.arange(0, HID) < keep * HID, other=0.0) + tl.load(base + at)
+        g1 = tl.load(start + at, mask=tl.arange(0, HID) < keep * HID, other=0.0)
+        g1 += tl.load(base + at).to(tl.float32)
         row = tl.load(slow + (gate * H + head) * D + tl.arange(0, D))
         logit = tl.load(bias + gate * H + head) + tl.sum(x * row[None, :], 1)
         logit += tl.sum(a * tl.sigmoid(a) * g1[None, :], 1)
@@ -105,7 +107,8 @@ def generate_kernel(
     base += head.to(tl.int64) * SIZE
     if what == 2:
         _generate_gates(
-            x_gate + offset, own + GATES * ROOM, start, base, slow, bias, head, first, length, keep, eta_max, C, D, HID,
+            x_gate + offset, fp32_rows(own + GATES * ROOM), start, base, slow, bias, head, first, length, keep, eta_max,
+            C, D, HID,
             H, F, G, OP, PREC,
         )  # fmt: skip
     else:
@@ -124,28 +127,27 @@ def _predict(
     constexpr, H: constexpr, F: constexpr, G: constexpr, ROOM: constexpr, OP: constexpr, PREC: constexpr,
 ) -> tensor:  # fmt: skip
     """Error and its way back through W1 for one memory, Eq. 84 and 85; W1 has `num_rows` rows."""
-    k = load_tile(head_tiles + KEY * ROOM, C, D)
-    v = load_tile(head_tiles + VALUE * ROOM, C, D)
-    if GATE:
-        row = tl.load(slow + (memory - F) * H * D + tl.arange(0, D))
-        linear = tl.sum((k - v) * row[None, :], 1)
-        error = tl.where((tl.arange(0, DOUT) == 0)[None, :], linear[:, None], 0.0)
-    else:
-        error = k - v
     at = memory * HID * D
     w2 = load_matrix(start + at, keep * HID, HID, D)
     store_matrix(last_start + at, w2, is_last * HID, HID, D)
     w2 += load_matrix(base + at, HID, HID, D)
-    at_k = dot(k, tl.trans(w2), OP, PREC)
+    at_k = dot(load_tile(head_tiles + KEY * ROOM, C, D), tl.trans(w2), OP, PREC)
+    at_v = dot(load_tile(head_tiles + VALUE * ROOM, C, D), tl.trans(w2), OP, PREC)
     store_tile(tiles + AT_K * ROOM, at_k, C, HID)
-    at_v = dot(v, tl.trans(w2), OP, PREC)
     store_tile(tiles + AT_V * ROOM, at_v, C, HID)
     at = w1_place(memory, D, HID, F, G)
     w1 = load_matrix(start + at, keep * num_rows, DOUT, HID)
     store_matrix(last_start + at, w1, is_last * num_rows, DOUT, HID)
     w1 += load_matrix(base + at, num_rows, DOUT, HID)
     # The target is made by the same weights, so that one product gives prediction minus target.
-    error += dot(at_k * tl.sigmoid(at_k) - at_v * tl.sigmoid(at_v), tl.trans(w1), OP, PREC)
+    error = dot(at_k * tl.sigmoid(at_k) - at_v * tl.sigmoid(at_v), tl.trans(w1), OP, PREC)
+    linear = load_tile(head_tiles + KEY * ROOM, C, D) - load_tile(head_tiles + VALUE * ROOM, C, D)
+    if GATE:
+        row = tl.load(slow + (memory - F) * H * D + tl.arange(0, D))
+        linear = tl.sum(linear * row[None, :], 1)[:, None]
+        error += tl.where((tl.arange(0, DOUT) == 0)[None, :], linear, 0.0)
+    else:
+        error += linear
     store_tile(tiles + ERROR * ROOM, error, C, DOUT)
     store_tile(tiles + BACK * ROOM, dot(error, w1, OP, PREC), C, HID)
 
@@ -218,7 +220,7 @@ def write_kernel(
     after += n * SIZE
     weights += n % H
     heads += n * HEAD_TILES * ROOM
-    gates = heads + GATES * ROOM
+    gates = fp32_rows(heads + GATES * ROOM)
     tiles += (n * (F + G) + memory) * MEMORY_TILES * ROOM
     at = w1_place(memory, D, HID, F, G)
     if tl.program_id(2) == 0:
@@ -253,12 +255,12 @@ def live_products(
     OP: constexpr,
     PREC: constexpr,
 ) -> tensor:
-    """W_t q_t for every token after its own write, q X^T of the decaying part, and the masked products [C, C]."""
+    """W_t q_t for every token after its own write; x, base: the decaying part and the initial weights."""
     _, log_gamma, _, _ = decays(gates, C)
     masked = ratios(log_gamma, log_gamma, C, False) * dot(q, tl.trans(keys), OP, PREC)
-    decayed = dot(q, tl.trans(x), OP, PREC)
-    out = dot(q, tl.trans(base), OP, PREC) + tl.exp(log_gamma)[:, None] * decayed + dot(masked, z, OP, PREC)
-    return out, decayed, masked
+    out = tl.exp(log_gamma)[:, None] * dot(q, tl.trans(x), OP, PREC)
+    out += dot(q, tl.trans(base), OP, PREC) + dot(masked, z, OP, PREC)
+    return out
 
 
 @triton.jit
@@ -284,7 +286,7 @@ def read_kernel(
     base += head * SIZE
     own = heads + (block * total + n) * HEAD_TILES * ROOM
     tiles += (((block * total + n) * (F + G)) + F - 1) * MEMORY_TILES * ROOM
-    gates = own + GATES * ROOM
+    gates = fp32_rows(own + GATES * ROOM)
     memory: constexpr = F - 1
     at1: constexpr = (F + G) * HID * D + memory * D * HID
     q, _ = unit_rows(load_rows(x_q + offset, first, length, H * D, C, D))
@@ -292,12 +294,12 @@ def read_kernel(
     x2 = load_matrix(state + memory * HID * D, keep * HID, HID, D)
     base2 = load_matrix(base + memory * HID * D, HID, HID, D)
     z2 = load_tile(tiles + WRITE2 * ROOM, C, HID)
-    p, _, _ = live_products(q, load_tile(own + KEY * ROOM, C, D), z2, x2, base2, gates, C, OP, PREC)
+    p = live_products(q, load_tile(own + KEY * ROOM, C, D), z2, x2, base2, gates, C, OP, PREC)
     s = p * tl.sigmoid(p)
     at_k = load_tile(tiles + AT_K * ROOM, C, HID)
     s_k, _ = unit_rows(at_k * tl.sigmoid(at_k))
     x1 = load_matrix(state + at1, keep * D, D, HID)
     base1 = load_matrix(base + at1, D, D, HID)
     z1 = load_tile(tiles + WRITE1 * ROOM, C, D)
-    y, _, _ = live_products(s, s_k, z1, x1, base1, gates, C, OP, PREC)
+    y = live_products(s, s_k, z1, x1, base1, gates, C, OP, PREC)
     store_rows(out + offset, q + y, first, length, H * D, C, D)

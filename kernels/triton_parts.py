@@ -30,8 +30,17 @@ HEAD_TILES = constexpr(3)
 
 
 @triton.jit
+def _rounded(x: tensor) -> tensor:
+    """x rounded to the nearest bf16, as fp32: Triton's interpreter cuts the digits off instead."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def dot(a: tensor, b: tensor, OP: constexpr, PREC: constexpr) -> tensor:
-    """a b with fp32 sums."""
+    """a b with fp32 sums. PREC "rounded": what bf16 operands give, for the interpreter, which has no bf16 products."""
+    if PREC == "rounded":
+        return tl.dot(_rounded(a), _rounded(b))
     return tl.dot(a.to(OP), b.to(OP), input_precision=PREC)
 
 
@@ -63,6 +72,12 @@ def load_tile(ptr: tensor, C: constexpr, WIDTH: constexpr) -> tensor:
 def store_tile(ptr: tensor, x: tensor, C: constexpr, WIDTH: constexpr) -> tensor:
     """Writes [C, WIDTH]."""
     tl.store(ptr + tl.arange(0, C)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :], x.to(ptr.dtype.element_ty))
+
+
+@triton.jit
+def fp32_rows(ptr: tensor) -> tensor:
+    """A tile as a place for fp32 rows of C values, whatever the dtype of the scratch memory."""
+    return ptr.to(tl.pointer_type(tl.float32))
 
 
 @triton.jit

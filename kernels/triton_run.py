@@ -5,20 +5,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.triton_call import Plan, launch
+from kernels import triton_call
+from kernels.triton_call import Plan
 
 # As in `triton_parts` and `triton_backward`, which this file does not import: they need triton.
-MEMORY_TILES, HEAD_TILES, BACKWARD_TILES, READ_TILES = 8, 3, 7, 7
+MEMORY_TILES, HEAD_TILES, BACKWARD_TILES, READ_TILES = 8, 3, 10, 7
 
 
 class Arguments(NamedTuple):
-    """Tensors of one call; inputs [B, T, H, d] contiguous, weights fp32."""
+    """Tensors of one call; inputs [B, T, H, d] contiguous; weights fp32 unless said."""
 
     k: Tensor
     v: Tensor
     q: Tensor
     gate: Tensor
-    base: Tensor  # [H, size] flat initial weights
+    base: Tensor  # [H, size] flat initial weights, fp32 or bf16
     slow: Tensor  # [2, H, d]
     bias: Tensor  # [2, H]
     run: Tensor  # [N, size] flat state before the first token
@@ -38,8 +39,8 @@ class Scratch(NamedTuple):
         group = min(plan.group, len(plan.table))
         return cls(
             like.new_empty(group - 1, plan.rows, plan.size),
-            like.new_empty(group, plan.rows, HEAD_TILES, plan.room),
-            like.new_empty(group, plan.rows, plan.memories, MEMORY_TILES, plan.room),
+            like.new_empty(group, plan.rows, HEAD_TILES, plan.room, dtype=plan.scratch),
+            like.new_empty(group, plan.rows, plan.memories, MEMORY_TILES, plan.room, dtype=plan.scratch),
         )
 
 
@@ -55,16 +56,16 @@ def write_group(
         begins = first + i > 0 or x.start is None
         start = run if begins else x.start
         new = after if i == count - 1 else scratch.ring[i]
-        launch(
+        triton_call.launch(
             "generate_kernel", (plan.rows, 3),
             (x.k, x.v, x.gate, start, x.base, x.slow, x.bias, table, heads, plan.num_tokens, plan.rule.eta_limit),
             plan.options(),
         )  # fmt: skip
-        launch(
+        triton_call.launch(
             "predict_kernel", (plan.rows, plan.memories),
             (start, last_start, x.base, x.slow, table, heads, tiles), plan.options(),
         )  # fmt: skip
-        launch(
+        triton_call.launch(
             "write_kernel", (plan.rows, plan.memories, 2),
             (run, new, plan.weights, table, heads, tiles, plan.inv_b2), plan.options(SAVE=save, SOLVE=plan.solve),
         )  # fmt: skip
@@ -84,7 +85,7 @@ def forward(plan: Plan, x: Arguments, keep_states: bool) -> tuple[Tensor, Tensor
             states[number] = before
         after = final if number == len(groups) - 1 else states[(number + 1) % len(states)]
         write_group(plan, x, scratch, before, after, last_start, group, False)
-        launch(
+        triton_call.launch(
             "read_kernel", (plan.rows, group[1]),
             (x.q, out, before, scratch.ring, x.base, plan.table[group[0] :], scratch.heads, scratch.tiles,
              plan.num_tokens, plan.num_sequences),
@@ -125,30 +126,36 @@ def backward_group(
     first, count = group
     by_memory, reads = bars
     options = plan.options()
-    launch(
-        "read_backward_kernel", (plan.rows, count),
-        (x.q, by_out, sums.q, before, scratch.ring, x.base, plan.table[first:], scratch.heads, scratch.tiles, reads,
-         plan.num_tokens, plan.num_sequences),
-        options,
-    )  # fmt: skip
+    for side in (1, 2):
+        triton_call.launch(
+            "read_backward_kernel", (plan.rows, count),
+            (x.q, by_out, sums.q, before, scratch.ring, x.base, plan.table[first:], scratch.heads, scratch.tiles, reads,
+             plan.num_tokens, plan.num_sequences),
+            plan.options(SIDE=side),
+        )  # fmt: skip
     for i in reversed(range(count)):
         table, heads, tiles, read = plan.table[first + i], scratch.heads[i], scratch.tiles[i], reads[i]
         run = before if i == 0 else scratch.ring[i - 1]
         apart = first + i == 0 and x.start is not None
         start, snap_bar = (x.start, sums.start) if apart else (run, sums.carry)
-        launch(
+        triton_call.launch(
             "side_backward_kernel", (plan.rows, plan.memories, 2),
             (run, sums.carry, plan.weights, x.q, by_out, table, heads, tiles, by_memory, read, plan.num_tokens,
              plan.inv_b2),
             options,
         )  # fmt: skip
-        launch(
-            "predict_backward_kernel", (plan.rows, plan.memories),
-            (start, snap_bar, by_last, x.base, sums.base, x.slow, sums.slow, x.q, by_out, table, heads, tiles,
-             by_memory, read, plan.num_tokens),
+        triton_call.launch(
+            "error_backward_kernel", (plan.rows, plan.memories),
+            (start, snap_bar, by_last, x.base, sums.base, by_out, table, tiles, by_memory, read, plan.num_tokens),
             options,
         )  # fmt: skip
-        launch(
+        triton_call.launch(
+            "hidden_backward_kernel", (plan.rows, plan.memories),
+            (start, snap_bar, by_last, x.base, sums.base, x.slow, sums.slow, x.q, table, heads, by_memory, read,
+             plan.num_tokens),
+            options,
+        )  # fmt: skip
+        triton_call.launch(
             "generate_backward_kernel", (plan.rows, 3),
             (x.k, x.v, x.gate, sums.k, sums.v, sums.gate, start, snap_bar, x.base, sums.base, x.slow, sums.slow,
              sums.bias, table, heads, by_memory, read, plan.num_tokens),
@@ -161,8 +168,8 @@ def backward(plan: Plan, x: Arguments, states: Tensor, by_out: Tensor, by_final:
     scratch, sums = Scratch.empty(plan, x.run), Gradients.begin(plan, x, by_final)
     group = len(scratch.heads)
     bars = (
-        x.run.new_empty(plan.rows, plan.memories, BACKWARD_TILES, plan.room),
-        x.run.new_empty(group, plan.rows, READ_TILES, plan.room),
+        x.run.new_empty(plan.rows, plan.memories, BACKWARD_TILES, plan.room, dtype=plan.scratch),
+        x.run.new_empty(group, plan.rows, READ_TILES, plan.room, dtype=plan.scratch),
     )
     unused = torch.empty_like(x.run), torch.empty_like(x.run)
     groups = plan.groups()
@@ -177,6 +184,7 @@ class MemoriesFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """tensors: the fields of `Arguments`."""
         x = Arguments(*tensors)
         keep = any(ctx.needs_input_grad)
         out, final, last_start, states = forward(plan, x, keep)
@@ -187,6 +195,7 @@ class MemoriesFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *by: Any) -> tuple[Any, ...]:  # type: ignore[override]
+        """Gradients by the arguments of `forward`, the initial weights summed over sequences."""
         plan: Plan = ctx.plan
         *tensors, states = ctx.saved_tensors
         by_out, by_final, by_last = (t.contiguous() for t in by)

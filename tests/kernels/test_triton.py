@@ -39,8 +39,9 @@ def found() -> dict[str, dict[str, float]]:
 @needs_triton
 @pytest.mark.parametrize("name", [*_triton_cases.CASES, "pieces of a sequence"])
 def test_outputs_states_and_gradients_equal_those_of_the_token_loop(name: str, found: dict) -> None:
-    bound = 5e-3 if name == "bf16 inputs" else 1e-5
-    assert found[name]["forward"] <= bound and found[name]["gradient"] <= bound, found[name]
+    # bf16 inputs: what bf16 operands and scratch memory give.
+    forward, gradient = (5e-3, 2e-2) if name == "bf16 inputs" else (1e-5, 1e-5)
+    assert found[name]["forward"] <= forward and found[name]["gradient"] <= gradient, found[name]
 
 
 @pytest.mark.parametrize("field", UNSUPPORTED)
