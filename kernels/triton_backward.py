@@ -259,8 +259,7 @@ def _side_backward(
     tl.store(out_gates + C + tl.arange(0, C), _by_log_alpha(by_gamma, by_before, C))
     f_bar = (h_bar - bound * (tl.sum(bound * h_bar, 1) * inv_b2)[:, None]) * scale[:, None]
     store_tile(bars + (FACTOR2_BAR if SIDE == 2 else FACTOR1_BAR) * ROOM, f_bar, C, ROWS)
-    read = reads + (KEY_BAR if SIDE == 2 else UNIT_BAR) * ROOM
-    keys_bar += load_matrix(read, is_mem * C, C, COLS)
+    keys_bar += load_matrix(reads + (KEY_BAR if SIDE == 2 else UNIT_BAR) * ROOM, is_mem * C, C, COLS)
     store_tile(bars + (KEYS2_BAR if SIDE == 2 else KEYS1_BAR) * ROOM, keys_bar, C, COLS)
     keys = _side_keys(heads, tiles, SIDE, C, COLS, ROOM)
     x_bar = dot(tl.trans(before * h_bar), keys, OP, PREC)

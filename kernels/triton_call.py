@@ -61,6 +61,11 @@ def refused_widths(head_dim: int, hidden: int) -> str | None:
     return f"the Triton kernels need head width = hidden width out of {WIDTHS}, not {head_dim} and {hidden}"
 
 
+def interpreter_device(device: torch.device) -> bool:
+    """Whether only Triton's interpreter, for tests, runs kernels on this device."""
+    return device.type == "cpu"
+
+
 @cache
 def kernels() -> dict[str, Any]:
     """The kernels by name. Triton is imported here and not before."""
@@ -151,7 +156,12 @@ class Plan(NamedTuple):
 
         Triton's interpreter, on the CPU, does not round to bf16 but cuts off: there it is fp32.
         """
-        return torch.bfloat16 if self.low_precision and self.table.device.type != "cpu" else torch.float32
+        return torch.bfloat16 if self.low_precision and not interpreter_device(self.device) else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """Where the call runs."""
+        return self.table.device
 
     def groups(self) -> list[tuple[int, int]]:
         """First block and number of blocks of each group."""
@@ -162,10 +172,10 @@ class Plan(NamedTuple):
         """The compile-time arguments that all kernels share, and `more`."""
         import triton.language as tl
 
-        operands, precision = tl.float32, "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        # Three TF32 products are as exact as one of fp32, and run on the tensor cores.
+        operands, precision = tl.float32, "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         if self.low_precision:
-            # Only Triton's interpreter runs on a CPU.
-            operands, precision = (tl.float32, "rounded") if self.table.device.type == "cpu" else (tl.bfloat16, "ieee")
+            operands, precision = (tl.float32, "rounded") if interpreter_device(self.device) else (tl.bfloat16, "ieee")
         shared = {
             "C": self.rule.block_tokens, "D": self.head_dim, "HID": self.hidden, "H": self.num_heads,
             "F": len(self.rule.full_names), "G": len(self.rule.gate_names), "ROOM": self.room, "SIZE": self.size,
@@ -173,11 +183,6 @@ class Plan(NamedTuple):
             "num_warps": 8 if self.head_dim == max(WIDTHS) else 4, "num_stages": 1,
         }  # fmt: skip
         return shared | more
-
-    @property
-    def solve(self) -> str:
-        """Precision of the triangular inverses: never a single TF32 product."""
-        return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"
 
 
 def _flat(weights: Weights, lead: int) -> Tensor:

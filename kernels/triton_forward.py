@@ -189,14 +189,14 @@ def predict_kernel(
 def _write_output_side(
     run: tensor, after: tensor, weight: tensor, gates: tensor, tiles: tensor, at: tensor, keep: tensor, inv_b2: tensor,
     num_rows: tensor, SAVE: constexpr, C: constexpr, DOUT: constexpr, HID: constexpr, ROOM: constexpr, OP: constexpr,
-    PREC: constexpr, SOLVE: constexpr,
+    PREC: constexpr,
 ) -> tensor:  # fmt: skip
     """The writes to W1, whose keys are act(W2 k) at unit length."""
     at_k = load_tile(tiles + AT_K * ROOM, C, HID)
     s, scale = unit_rows(at_k * tl.sigmoid(at_k))
     f = load_tile(tiles + ERROR * ROOM, C, DOUT) / scale[:, None]
     x = load_matrix(run + at, keep * num_rows, DOUT, HID)
-    z, inverse, x = side_write(s, f, x, gates, weight, inv_b2, C, OP, PREC, SOLVE)
+    z, inverse, x = side_write(s, f, x, gates, weight, inv_b2, C, OP, PREC)
     store_matrix(after + at, x, num_rows, DOUT, HID)
     store_tile(tiles + WRITE1 * ROOM, z, C, DOUT)
     if SAVE:
@@ -207,7 +207,7 @@ def _write_output_side(
 def write_kernel(
     run: tensor, after: tensor, weights: tensor, table: tensor, heads: tensor, tiles: tensor, inv_b2: tensor, SAVE:
     constexpr, C: constexpr, D: constexpr, HID: constexpr, H: constexpr, F: constexpr, G: constexpr, ROOM: constexpr,
-    SIZE: constexpr, OP: constexpr, PREC: constexpr, SOLVE: constexpr,
+    SIZE: constexpr, OP: constexpr, PREC: constexpr,
 ) -> None:  # fmt: skip
     """Grid (N, F + G, 2): one side of one memory takes the writes of one block, Eq. 86-88; from `run` to `after`.
 
@@ -228,18 +228,18 @@ def write_kernel(
         f = load_tile(tiles + BACK * ROOM, C, HID) * silu_slope(load_tile(tiles + AT_K * ROOM, C, HID))
         at = memory * HID * D
         x = load_matrix(run + at, keep * HID, HID, D)
-        z, inverse, x = side_write(k, f, x, gates, tl.load(weights), inv_b2, C, OP, PREC, SOLVE)
+        z, inverse, x = side_write(k, f, x, gates, tl.load(weights), inv_b2, C, OP, PREC)
         store_matrix(after + at, x, HID, HID, D)
         store_tile(tiles + WRITE2 * ROOM, z, C, HID)
         if SAVE:
             store_tile(tiles + INVERSE2 * ROOM, inverse, C, C)
     elif memory < F:
         _write_output_side(
-            run, after, tl.load(weights + H), gates, tiles, at, keep, inv_b2, D, SAVE, C, D, HID, ROOM, OP, PREC, SOLVE
+            run, after, tl.load(weights + H), gates, tiles, at, keep, inv_b2, D, SAVE, C, D, HID, ROOM, OP, PREC
         )
     else:
         _write_output_side(
-            run, after, tl.load(weights + H), gates, tiles, at, keep, inv_b2, 1, SAVE, C, 16, HID, ROOM, OP, PREC, SOLVE
+            run, after, tl.load(weights + H), gates, tiles, at, keep, inv_b2, 1, SAVE, C, 16, HID, ROOM, OP, PREC
         )
 
 

@@ -12,6 +12,8 @@ import triton.language as tl
 from triton.language import constexpr, tensor
 
 EPS = constexpr(1e-6)
+# Precision of the triangular inverse: three TF32 products are as exact as one of fp32.
+EXACT = constexpr("tf32x3")
 # Tiles of one memory, written by `write_kernel`.
 AT_K = constexpr(0)  # W2 k [C, HID]
 AT_V = constexpr(1)  # W2 v [C, HID]
@@ -148,7 +150,7 @@ def ratios(log_row: tensor, log_column: tensor, C: constexpr, STRICT: constexpr)
 
 
 @triton.jit
-def _merged(inverse: tensor, a: tensor, N: constexpr, S: constexpr, PREC: constexpr) -> tensor:
+def _merged(inverse: tensor, a: tensor, N: constexpr, S: constexpr) -> tensor:
     """Inverses of the N diagonal blocks of width 2S from those [2N, S, S] of width S; a: [C, C], C = 2 N S."""
     n = tl.arange(0, N)
     h = tl.arange(0, 2)
@@ -160,14 +162,14 @@ def _merged(inverse: tensor, a: tensor, N: constexpr, S: constexpr, PREC: conste
     pair = tl.reshape(inverse, (N, 2, S, S))
     first = tl.sum(tl.where(h[None, :, None, None] == 0, pair, 0.0), 1)
     second = tl.sum(tl.where(h[None, :, None, None] == 1, pair, 0.0), 1)
-    corner = -tl.dot(tl.dot(second, corner, input_precision=PREC), first, input_precision=PREC)
+    corner = -tl.dot(tl.dot(second, corner, input_precision=EXACT), first, input_precision=EXACT)
     square = h[None, :, None, None, None] == h[None, None, None, :, None]
     whole = tl.where(square, pair[:, :, :, None, :], tl.where(below, corner[:, None, :, None, :], 0.0))
     return tl.reshape(whole, (N, 2 * S, 2 * S))
 
 
 @triton.jit
-def unit_lower_inverse(a: tensor, C: constexpr, PREC: constexpr) -> tensor:
+def unit_lower_inverse(a: tensor, C: constexpr) -> tensor:
     """(I + a)^-1 for strictly lower triangular a [C, C], C = 16 or 64, by blocks of 16 and two merges.
 
     A block of 16 is nilpotent: (I + a)^-1 = (I - a)(I + a^2)(I + a^4)(I + a^8).
@@ -179,11 +181,11 @@ def unit_lower_inverse(a: tensor, C: constexpr, PREC: constexpr) -> tensor:
     power = tl.sum(tl.where(n[:, None, None, None] == n[None, None, :, None], apart, 0.0), 2)
     inverse = tl.where((i[:, None] == i[None, :])[None, :, :], 1.0, 0.0) - power
     for _ in tl.static_range(3):
-        power = tl.dot(power, power, input_precision=PREC)
-        inverse = inverse + tl.dot(inverse, power, input_precision=PREC)
+        power = tl.dot(power, power, input_precision=EXACT)
+        inverse = inverse + tl.dot(inverse, power, input_precision=EXACT)
     if C == 64:
-        inverse = _merged(inverse, a, 2, 16, PREC)
-        inverse = _merged(inverse, a, 1, 32, PREC)
+        inverse = _merged(inverse, a, 2, 16)
+        inverse = _merged(inverse, a, 1, 32)
     return tl.reshape(inverse, (C, C))
 
 
@@ -197,7 +199,7 @@ def bounded(f: tensor, inv_b2: tensor) -> tensor:
 @triton.jit
 def side_write(
     keys: tensor, f: tensor, x: tensor, gates: tensor, weight: tensor, inv_b2: tensor, C: constexpr, OP: constexpr,
-    PREC: constexpr, SOLVE: constexpr,
+    PREC: constexpr,
 ) -> tensor:  # fmt: skip
     """All writes of a block to one side: factors Z [C, r], the inverse [C, C] and the matrix after the block [r, key].
 
@@ -205,7 +207,7 @@ def side_write(
     """
     eta, log_gamma, log_before, log_end = decays(gates, C)
     lower = weight * eta[:, None] * ratios(log_before, log_gamma, C, True) * dot(keys, tl.trans(keys), OP, PREC)
-    inverse = unit_lower_inverse(lower, C, SOLVE)
+    inverse = unit_lower_inverse(lower, C)
     found = weight * tl.exp(log_before)[:, None] * dot(keys, tl.trans(x), OP, PREC)
     bound, _ = bounded(f, inv_b2)
     z = dot(inverse, -eta[:, None] * (bound + found), OP, PREC)

@@ -67,7 +67,7 @@ def write_group(
         )  # fmt: skip
         triton_call.launch(
             "write_kernel", (plan.rows, plan.memories, 2),
-            (run, new, plan.weights, table, heads, tiles, plan.inv_b2), plan.options(SAVE=save, SOLVE=plan.solve),
+            (run, new, plan.weights, table, heads, tiles, plan.inv_b2), plan.options(SAVE=save),
         )  # fmt: skip
         run = new
 
