@@ -95,8 +95,10 @@ def _resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def compiled(width: int, chunk: int, dtype: torch.dtype, arch: int) -> list[Compiled]:
-    """Every kernel that a call with these sizes launches, each variant once."""
+def compiled(
+    width: int, chunk: int, dtype: torch.dtype, arch: int, only: tuple[str, ...] | None = None
+) -> list[Compiled]:
+    """Every kernel that a call with these sizes launches, each variant once. only: names of kernels, None for all."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -108,7 +110,7 @@ def compiled(width: int, chunk: int, dtype: torch.dtype, arch: int) -> list[Comp
         kernel = triton_call.kernels()[launch.kernel]
         signature, values, aligned = _signature(kernel, launch)
         key = (launch.kernel, tuple(signature.values()), tuple(map(str, values.values())))
-        if key in seen:
+        if key in seen or (only is not None and launch.kernel not in only):
             continue
         seen.add(key)
         source = ASTSource(kernel, signature, constexprs=values, attrs=aligned)

@@ -15,6 +15,7 @@ from kernels import MemoryRule, dispatch, triton_call
 from kernels.blocking import build_blocking
 from kernels.dispatch import KernelError, Options, choose, refusal
 from kernels.triton_call import block_table, refused_widths
+from kernels.triton_cost import backward_costs, forward_costs
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 UNSUPPORTED = {
@@ -25,14 +26,20 @@ UNSUPPORTED = {
 }  # fmt: skip
 
 
+def interpreted(*command: str) -> list[str]:
+    """Output lines of a module in a process in which Triton interprets."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], env=environment, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
 @pytest.fixture(scope="module")
 def found() -> dict[str, dict[str, float]]:
     """The errors of every case, from one process in which Triton interprets."""
-    command = [sys.executable, "-m", "benchmarks._triton_cases"]
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    lines = [json.loads(line) for line in interpreted("benchmarks._triton_cases")]
     return {line.pop("name"): line for line in lines}
 
 
@@ -110,3 +117,36 @@ def test_the_table_of_blocks_says_where_documents_begin_and_which_rows_end_insid
     assert block_table(blocking, 2, torch.device("cpu")) is table
     alike = block_table(build_blocking(rule, 20, torch.tensor([5, 5]), None), 2, torch.device("cpu"))
     assert alike[:, 0].tolist() == alike[:, 1].tolist() == [[0, 11, 1, 0], [11, 9, 1, 1]]
+
+
+@needs_triton
+def test_flops_and_bytes_are_those_of_the_formulas() -> None:
+    rule = MemoryRule(chunk_mem=16, chunk_other=16)
+    rows = json.loads(interpreted("benchmarks._triton_counts", "32", "16")[-1])
+    forward, again, backward = (
+        forward_costs(rule, 32, 32), forward_costs(rule, 32, 32, save=True), backward_costs(rule, 32, 32)
+    )  # fmt: skip
+    formulas = [*forward.values(), *(again[name] for name in again if name != "read"), *backward.values()]
+    assert sum(row["flops"] for row in rows) == sum(cost.flops for cost in formulas)
+    moved = sum(row["read"] + row["written"] for row in rows)
+    assert abs(moved / sum(cost.bytes_moved for cost in formulas) - 1) <= 0.05
+
+
+@needs_triton
+def test_a_kernel_compiles_for_a_gpu_that_is_not_there_without_spills() -> None:
+    from benchmarks._triton_compile import compiled
+
+    (row,) = compiled(32, 16, torch.bfloat16, 90, only=("generate_kernel",))
+    assert row.shared_bytes <= 232_448 and row.spill_bytes == 0 and 16 <= row.registers <= 255
+
+
+def test_launches_of_a_call_do_not_depend_on_sizes_and_stay_few() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs the package triton")
+    from benchmarks._triton_compile import launches_of, small_case
+
+    case = small_case(16, 16, torch.float32, 16 * 16)._replace(state=None)
+    names = [launch.kernel for launch in launches_of(case)]
+    blocks, groups = 16, 2
+    assert len(names) == blocks * (3 + 3 + 4) + groups * (1 + 2)
+    assert len(names) / blocks <= 20
