@@ -73,7 +73,10 @@ def _signature(kernel: Any, launch: Launch) -> tuple[dict[str, str], dict[Any, A
             values[(parameter.num,)] = launch.options[parameter.name]
             continue
         value = launch.arguments[parameter.num]
-        if isinstance(value, Tensor):
+        if isinstance(value, int) and value == 1:  # Triton makes a compile-time value of it
+            signature[parameter.name] = "constexpr"
+            values[(parameter.num,)] = value
+        elif isinstance(value, Tensor):
             signature[parameter.name] = types[value.dtype]
             aligned[(parameter.num,)] = [["tt.divisibility", 16]]
         else:

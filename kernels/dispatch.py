@@ -63,8 +63,9 @@ class Implementation(NamedTuple):
     """The arguments of `SelfModify`, and `options`."""
     refusal: Callable[[MemoryRule, Options, str | None], str | None]
     """(rule, options, device type) -> why it cannot run, or None. Device type None: asked before a device is known."""
-    refused_widths: Callable[[int, int], str | None] = lambda head_dim, hidden: None
-    """(head width, hidden width) -> why it cannot run with these, or None. They are known when it is called."""
+    refused_inputs: Callable[[torch.dtype, int, int], str | None] = lambda dtype, head_dim, hidden: None
+    """(dtype of the inputs, head width, hidden width) -> why it cannot run with these, or None. They are known when it
+    is called."""
 
 
 def _run_chunk(
@@ -103,7 +104,7 @@ def _run_triton(
     blocking: Blocking | None, *, options: Options,
 ) -> tuple[Tensor, MemoryState]:  # fmt: skip
     """The kernels keep few states in any case, which is what `options.recompute` asks for."""
-    reason = _widths_reason("triton", inputs, initial)
+    reason = _inputs_reason("triton", inputs, initial)
     if reason is not None:
         raise KernelError(f"kernel = 'triton': {reason}; choose kernel = 'chunk'")
     return triton_call.self_modify(inputs, initial, rule, state, document_starts, blocking=blocking)
@@ -117,7 +118,7 @@ def _refuse_triton(rule: MemoryRule, options: Options, device_type: str | None) 
 
 
 IMPLEMENTATIONS = {
-    "triton": Implementation(_run_triton, _refuse_triton, triton_call.refused_widths),
+    "triton": Implementation(_run_triton, _refuse_triton, triton_call.refused_inputs),
     "chunk": Implementation(_run_chunk, _refuse_chunk),
     "naive": Implementation(_run_naive, _refuse_naive),
 }
@@ -156,9 +157,10 @@ def chosen(name: str, rule: MemoryRule, options: Options, device_type: str) -> s
     return next(other for other in AUTOMATIC if IMPLEMENTATIONS[other].refusal(rule, options, device_type) is None)
 
 
-def _widths_reason(name: str, inputs: Inputs, initial: Initial) -> str | None:
+def _inputs_reason(name: str, inputs: Inputs, initial: Initial) -> str | None:
     w1 = initial.weights.w1
-    return IMPLEMENTATIONS[name].refused_widths(inputs.k.shape[-1], 0 if w1 is None else w1.shape[-1])
+    hidden = 0 if w1 is None else w1.shape[-1]
+    return IMPLEMENTATIONS[name].refused_inputs(inputs.k.dtype, inputs.k.shape[-1], hidden)
 
 
 @cache
@@ -170,10 +172,10 @@ def _run_automatic(
     inputs: Inputs, initial: Initial, rule: MemoryRule, state: MemoryState | None, document_starts: Tensor | None,
     blocking: Blocking | None, *, options: Options,
 ) -> tuple[Tensor, MemoryState]:  # fmt: skip
-    """The first of AUTOMATIC that can run with these widths too."""
+    """The first of AUTOMATIC that can run with this dtype and these widths too."""
     device_type = inputs.k.device.type
     for name in AUTOMATIC:
-        reason = IMPLEMENTATIONS[name].refusal(rule, options, device_type) or _widths_reason(name, inputs, initial)
+        reason = IMPLEMENTATIONS[name].refusal(rule, options, device_type) or _inputs_reason(name, inputs, initial)
         if reason is None:
             run = IMPLEMENTATIONS[name].run
             return run(inputs, initial, rule, state, document_starts, blocking, options=options)

@@ -21,6 +21,7 @@ from kernels.state import Initial, Inputs, MemoryState, Weights
 
 WIDTHS = (16, 32, 64, 128)
 CHUNKS = (16, 64)
+DTYPES = (torch.bfloat16, torch.float32)
 # Blocks between two stored states. More blocks keep fewer states and need more scratch memory in the backward pass.
 GROUP_BLOCKS = 8
 REQUIRED: dict[str, Any] = {
@@ -54,11 +55,13 @@ def refusal(rule: MemoryRule, device_type: str | None) -> str | None:
     return None
 
 
-def refused_widths(head_dim: int, hidden: int) -> str | None:
-    """Why the kernels cannot compute these widths, or None."""
-    if head_dim == hidden and head_dim in WIDTHS:
-        return None
-    return f"the Triton kernels need head width = hidden width out of {WIDTHS}, not {head_dim} and {hidden}"
+def refused_inputs(dtype: torch.dtype, head_dim: int, hidden: int) -> str | None:
+    """Why the kernels cannot compute inputs of this dtype and these widths, or None."""
+    if dtype not in DTYPES:
+        return f"the Triton kernels compute in fp32 at most and need inputs out of {DTYPES}, not {dtype}"
+    if head_dim != hidden or head_dim not in WIDTHS:
+        return f"the Triton kernels need head width = hidden width out of {WIDTHS}, not {head_dim} and {hidden}"
+    return None
 
 
 def interpreter_device(device: torch.device) -> bool:
@@ -95,7 +98,7 @@ def block_table(blocking: Blocking, num_sequences: int, device: torch.device) ->
         return found
     blocks = blocking.blocks
     if blocking.source is None or blocking.valid is None:
-        spans = torch.tensor([[b.begin, b.end - b.begin] for b in blocks], device=device)
+        spans = _moved(torch.tensor([[b.begin, b.end - b.begin] for b in blocks]), device)
         first, length = (column[:, None].expand(-1, num_sequences) for column in spans.unbind(1))
     else:
         width = blocks[0].end - blocks[0].begin
@@ -185,6 +188,18 @@ class Plan(NamedTuple):
         return shared | more
 
 
+def _moved(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of numbers of the host that the host does not wait for."""
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
+
+
+@cache
+def _erasure_weights(rule: MemoryRule, num_heads: int, device: torch.device) -> Tensor:
+    """[2, H] weight of the erasure of W2 and of W1."""
+    erasure = torch.tensor(rule.erasures).expand(num_heads)
+    return _moved(torch.stack([erasure, erasure * rule.erases_output_side]), device)
+
+
 def _flat(weights: Weights, lead: int) -> Tensor:
     """Weights as [..., size], `lead` leading dims folded into one."""
     return torch.cat([w.flatten(0, lead - 1).flatten(1) for w in weights], 1)
@@ -212,13 +227,13 @@ def self_modify(
     The outputs have the dtype of the inputs, the state is fp32.
 
     Raises:
-        TritonError: the widths are not supported.
+        TritonError: the dtype or the widths are not supported.
     """
     from kernels.triton_run import MemoriesFunction
 
     num_sequences, num_tokens, num_heads, head_dim = inputs.k.shape
     hidden = initial.weights.w1.shape[-1]
-    reason = refused_widths(head_dim, hidden)
+    reason = refused_inputs(inputs.k.dtype, head_dim, hidden)
     if reason is not None:
         raise TritonError(reason)
     rule.check_heads(num_heads)
@@ -226,11 +241,9 @@ def self_modify(
     if blocking is None:
         position = torch.zeros(num_sequences, dtype=torch.long, device=device) if state is None else state.position
         blocking = build_blocking(rule, num_tokens, position.to(device), document_starts)
-    erasure = torch.tensor(rule.erasures, device=device).expand(num_heads)
-    weights = torch.stack([erasure, erasure * rule.erases_output_side]).contiguous()
     plan = Plan(
         rule, num_sequences, num_tokens, num_heads, head_dim, hidden, block_table(blocking, num_sequences, device),
-        weights, inputs.k.dtype == torch.bfloat16, group_blocks,
+        _erasure_weights(rule, num_heads, device), inputs.k.dtype == torch.bfloat16, group_blocks,
     )  # fmt: skip
     base, start = _flat(initial.weights, 1), None
     if base.dtype not in (torch.float32, torch.bfloat16):

@@ -279,13 +279,13 @@ def read_kernel(
     length = tl.load(row + 1)
     keep = tl.load(row + 2)
     offset = sequence * num_tokens * H * D + head * D
-    total = num_sequences.to(tl.int64) * H
+    slot = block * num_sequences * H + n
     state = bounds + n * SIZE
     if block > 0:
-        state = ring + ((block - 1) * total + n) * SIZE
+        state = ring + (slot - num_sequences * H) * SIZE
     base += head * SIZE
-    own = heads + (block * total + n) * HEAD_TILES * ROOM
-    tiles += (((block * total + n) * (F + G)) + F - 1) * MEMORY_TILES * ROOM
+    own = heads + slot * HEAD_TILES * ROOM
+    tiles += (slot * (F + G) + F - 1) * MEMORY_TILES * ROOM
     gates = fp32_rows(own + GATES * ROOM)
     memory: constexpr = F - 1
     at1: constexpr = (F + G) * HID * D + memory * D * HID

@@ -14,7 +14,7 @@ from benchmarks._memory_cases import make_case
 from kernels import MemoryRule, dispatch, triton_call
 from kernels.blocking import build_blocking
 from kernels.dispatch import KernelError, Options, choose, refusal
-from kernels.triton_call import block_table, refused_widths
+from kernels.triton_call import block_table, refused_inputs
 from kernels.triton_cost import backward_costs, forward_costs
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
@@ -70,17 +70,19 @@ def test_every_field_of_a_rule_is_supported_or_refused() -> None:
         assert refusal("triton", MemoryRule(chunk_mem=tokens, chunk_other=tokens), Options()) is None
 
 
-def test_options_devices_and_widths_that_the_kernels_do_not_have_are_refused() -> None:
+def test_options_devices_dtypes_and_widths_that_the_kernels_do_not_have_are_refused() -> None:
     assert "no compile_backend" in str(refusal("triton", MemoryRule(), Options(compile_backend="inductor")))
     assert "no truncate_blocks" in str(refusal("triton", MemoryRule(), Options(truncate_blocks=4)))
     assert refusal("triton", MemoryRule(), Options(recompute=True)) is None
     assert "CUDA device" in str(refusal("triton", MemoryRule(), Options(), "cpu")) or not importlib.util.find_spec(
         "triton"
     )
-    assert [refused_widths(n, n) is None for n in (16, 32, 48, 64, 128, 256)] == [True, True, False, True, True, False]
-    assert refused_widths(64, 128) is not None
+    fits = [refused_inputs(torch.float32, n, n) is None for n in (16, 32, 48, 64, 128, 256)]
+    assert fits == [True, True, False, True, True, False]
+    assert refused_inputs(torch.float32, 64, 128) is not None and refused_inputs(torch.bfloat16, 64, 64) is None
+    assert "fp32 at most" in str(refused_inputs(torch.float64, 64, 64))
     case = make_case(MemoryRule(), 3, 1)
-    with pytest.raises(KernelError, match="need head width = hidden width"):
+    with pytest.raises(KernelError, match="kernel = 'triton': the Triton kernels compute in fp32 at most"):
         dispatch.IMPLEMENTATIONS["triton"].run(
             case.inputs, case.initial, MemoryRule(), None, None, None, options=Options()
         )
@@ -92,7 +94,7 @@ def test_without_the_package_the_kernels_are_refused(monkeypatch: pytest.MonkeyP
     assert triton_call.refusal(MemoryRule(), None) is None
 
 
-def test_auto_passes_to_chunk_where_the_widths_do_not_fit_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_auto_passes_to_chunk_what_does_not_fit_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     case = make_case(MemoryRule(), 3, 1)
     call = choose("auto", MemoryRule(), Options(), "cpu")
     want, _ = choose("chunk", MemoryRule(), Options(), "cpu")(case.inputs, case.initial, case.rule, None, None, None)
