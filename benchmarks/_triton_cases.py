@@ -62,7 +62,7 @@ FULL = {
 }
 
 
-def _build(sizes: Sizes) -> Case:
+def build(sizes: Sizes) -> Case:
     """The case with fp32 leaves (bf16 inputs where asked) and a carried state of the token loop."""
     rule = MemoryRule(**{"chunk_mem": sizes.chunk, "chunk_other": sizes.chunk, **sizes.rule})
     shape = {"num_heads": sizes.heads, "head_dim": sizes.width, "hidden": sizes.width}
@@ -115,8 +115,8 @@ def _worst(got: Result, want: Result) -> tuple[float, float]:
 
 
 def compare(sizes: Sizes) -> dict[str, Any]:
-    """Errors against the float64 token loop, and whether a second run gave the same bits."""
-    case = _build(sizes)
+    """Worst errors against the float64 token loop: of outputs and states, and of gradients."""
+    case = build(sizes)
     form = _Form(sizes.group)
     with mock.patch.object(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty)), \
             mock.patch.object(torch, "empty_like", _poisoned(torch.empty_like)):  # fmt: skip
@@ -127,7 +127,7 @@ def compare(sizes: Sizes) -> dict[str, Any]:
 
 def pieces(chunk: int) -> dict[str, Any]:
     """A sequence in pieces, its state carried from one to the next, against the whole."""
-    case = _build(Sizes(60, 2, chunk=chunk, documents=0.03))
+    case = build(Sizes(60, 2, chunk=chunk, documents=0.03))
     want, final = triton_call.self_modify(case.inputs, case.initial, case.rule, None, case.document_starts)
     state, outputs, begin = None, [], 0
     assert case.document_starts is not None

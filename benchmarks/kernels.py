@@ -53,7 +53,7 @@ BOUNDS: dict[str, Callable[[float], bool]] = {
 
 def _interpreted(*command: str) -> list[str]:
     """Output lines of a module that runs in Triton's interpreter."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "NLTRAIN_TEST_DEVICE": "cpu"}
     done = subprocess.run(
         [sys.executable, "-m", *command], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
