@@ -1,6 +1,8 @@
-"""The maths of self-modifying memories: `naive` (token by token, the truth) and `chunk` (chunk-parallel, any device).
+"""The maths of self-modifying memories: `naive` (token by token, the truth), `chunk` (chunk-parallel, any device) and
+`triton_call` (kernels for the default rule, on a GPU).
 
-Both share one signature, `self_modify(inputs, initial, rule, state=None, document_starts=None)`, and import torch only.
+All share one signature, `self_modify(inputs, initial, rule, state=None, document_starts=None)`, and import torch only;
+triton is imported by the first call that runs a kernel.
 README.md beside this file derives the chunk form and its costs.
 """
 

@@ -93,6 +93,7 @@ def test_a_package_is_imported_only_in_the_rooms_that_the_table_names():
     ("package", "rooms"),
     [
         ("deepspeed", {"levels"}),
+        ("triton", {"kernels"}),
         ("boto3", {"store"}),
         ("botocore", {"store"}),
         ("ray", {"runtime", "local", "jobs"}),
@@ -160,12 +161,21 @@ class Refuse(importlib.abc.MetaPathFinder):
 sys.meta_path.insert(0, Refuse())
 for top in ("deepspeed", "ray", "boto3", "wandb", "numpy"):
     assert top in blocked, top
+blocked.add("triton")  # torch names it among its needs where it is built for a GPU
+kernels = set()
 for name in ("kernels", "nltrain.model"):
     package = importlib.import_module(name)
     for module in pkgutil.walk_packages(package.__path__, name + "."):
-        if not module.name.endswith("__main__"):
+        if module.name.endswith("__main__"):
+            continue
+        try:
             importlib.import_module(module.name)
+        except ModuleNotFoundError as error:
+            # The files that hold Triton's kernels need it, and nothing else does.
+            assert module.name.startswith("kernels.triton_") and error.name == "triton", module.name
+            kernels.add(module.name)
 from nltrain.model import build, preset
+assert kernels == {f"kernels.triton_{name}" for name in ("parts", "forward", "backward", "predict")}, kernels
 print(sum(p.numel() for p in build(preset("hope", "tiny")).parameters()) > 0)
 """
 
