@@ -83,8 +83,8 @@ class ModelConfig:
     """Cuts the outer gradient through the memories' states every so many (shorter) chunks. None: never."""
     kernel: str = field(default="auto", metadata=MAY_CHANGE)
     """Implementation of the memories (kernels/dispatch.py). "triton": kernels for the default rule, on a GPU. "chunk":
-    chunk-parallel. "naive": token by token, the definition, a hundred times slower. "auto": the fastest that can run;
-    the only value for attention families."""
+    chunk-parallel. "naive": token by token, the definition, a hundred times slower. "auto": the fastest that is
+    proven, "chunk" so far; the only value for attention families."""
     compile: str = field(default="none", metadata=MAY_CHANGE)
     """Parts that run through torch.compile. "none"; "steps": each step of the chunk loop (families with memories);
     "blocks": also the feed-forward parts, and whole blocks of attention families."""
