@@ -33,6 +33,7 @@ class Sizes(NamedTuple):
     carried: int = 0  # tokens before, whose state goes in
     group: int = triton_call.GROUP_BLOCKS
     bfloat16: bool = False
+    equal_keys: bool = False
     rule: dict[str, Any] = {}  # noqa: RUF012
 
 
@@ -48,8 +49,9 @@ CASES = {
     "a state from inside a chunk of 16, documents": Sizes(20, 2, chunk=16, documents=0.06, carried=29),
     "groups of two blocks, chunk 16": Sizes(70, chunk=16, group=2),
     "no erasure": Sizes(20, chunk=16, rule={"lambda_d": 0.0}),
-    "erasure by head": Sizes(20, heads=2, chunk=16, rule={"lambda_d": (20.0, 0.0), "eta_max": 0.1}),
+    "erasure by head": Sizes(20, heads=2, chunk=16, rule={"lambda_d": (5.0, 0.0), "eta_max": 0.1}),
     "erasure on keys alone, no bound": Sizes(20, chunk=16, rule={"layerwise_dgd": False, "gradient_bound": None}),
+    "equal keys, the strongest erasure": Sizes(64, equal_keys=True, rule={"lambda_d": 5.0, "eta_max": 0.1}),
     "tight bound": Sizes(20, chunk=16, rule={"gradient_bound": 0.1}),
     "bf16 inputs": Sizes(20, chunk=16, bfloat16=True),
 }
@@ -68,6 +70,8 @@ def build(sizes: Sizes) -> Case:
     shape = {"num_heads": sizes.heads, "head_dim": sizes.width, "hidden": sizes.width}
     make = {**shape, "documents": sizes.documents, "dtype": torch.float32}
     case = make_case(rule, sizes.tokens, sizes.sequences, **make)  # type: ignore[arg-type]
+    if sizes.equal_keys:
+        case.inputs.k[:] = case.inputs.k[:, :1]
     if sizes.carried:
         before = make_case(rule, sizes.carried, sizes.sequences, seed=5, **make)  # type: ignore[arg-type]
         _, state = naive.self_modify(before.inputs, case.initial, rule, None, before.document_starts)

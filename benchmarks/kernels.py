@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks import _triton_compile
 from kernels import MemoryRule, MemoryState, triton_call
 from kernels.blocking import build_blocking
-from kernels.triton_cost import backward_costs, forward_costs, training_cost
+from kernels.triton_cost import training_cost
 from nltrain.model import LanguageModel, build, preset
 from nltrain.model import mixers as model_mixers
 
@@ -158,10 +158,7 @@ def rest_of_the_model() -> tuple[int, int, int]:
 
 def counts() -> dict[str, float]:
     """FLOPs and bytes of one block, counted in the kernels and by the formulas."""
-    rule = MemoryRule(chunk_mem=CHUNK, chunk_other=CHUNK)
-    forward, again = forward_costs(rule, WIDTH, WIDTH), forward_costs(rule, WIDTH, WIDTH, save=True)
-    formulas = [*forward.values(), *(again[name] for name in again if name != "read")]
-    formulas += backward_costs(rule, WIDTH, WIDTH).values()
+    formula = training_cost(MemoryRule(chunk_mem=CHUNK, chunk_other=CHUNK), WIDTH, WIDTH)
     found = json.loads(_interpreted("benchmarks._triton_counts", str(WIDTH), str(CHUNK))[-1])
     for row in found:
         print(f"  {row['kernel']:26} {row['flops'] / 1e6:7.1f} MFLOP {(row['read'] + row['written']) / 1e3:7.0f} kB")
@@ -171,8 +168,8 @@ def counts() -> dict[str, float]:
         "flops_per_block": flops,
         "hbm_bytes_per_block": moved,
         "requested_bytes_per_block": sum(row["requested"] for row in found),
-        "flops_over_formula": flops / sum(cost.flops for cost in formulas),
-        "hbm_bytes_over_formula": moved / sum(cost.bytes_moved for cost in formulas),
+        "flops_over_formula": flops / formula.flops,
+        "hbm_bytes_over_formula": moved / formula.bytes_moved,
     }
 
 
@@ -181,7 +178,7 @@ def prediction(figures: dict[str, float]) -> dict[str, float]:
     layers, rest, dense = rest_of_the_model()
     config = preset("hope", "1p3b")
     blocks = layers * SEQUENCES * (config.width // config.head_dim) * TOKENS // CHUNK
-    cost = training_cost(config.rule, WIDTH, WIDTH, triton_call.GROUP_BLOCKS)
+    cost = training_cost(config.rule, WIDTH, WIDTH)
     kernels = layers * figures["kernels_per_layer_call"] + rest
     parts = {
         "predicted_launch_s": kernels * LAUNCH_S,

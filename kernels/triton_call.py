@@ -21,6 +21,9 @@ from kernels.state import Initial, Inputs, MemoryState, Weights
 
 WIDTHS = (16, 32, 64, 128)
 CHUNKS = (16, 64)
+# A triangular block of 16 is inverted by its powers. For equal keys their entries grow with the weight of the erasure:
+# below this limit of lambda_d * eta to 25, which costs 1e-6, at 2 to 1e6.
+MAX_ERASURE = 0.5
 DTYPES = (torch.bfloat16, torch.float32)
 # Blocks between two stored states. More blocks keep fewer states and need more scratch memory in the backward pass.
 GROUP_BLOCKS = 8
@@ -45,6 +48,12 @@ def refusal(rule: MemoryRule, device_type: str | None) -> str | None:
         return (
             f"the Triton kernels need one chunk length out of {CHUNKS}, not chunk_mem = {rule.chunk_mem}, chunk_other "
             f"= {rule.chunk_other}; choose kernel = 'chunk'"
+        )
+    strongest = max(rule.erasures) * rule.eta_limit
+    if strongest > MAX_ERASURE:
+        return (
+            f"the Triton kernels need lambda_d * eta_max <= {MAX_ERASURE}, not {strongest:g} (lambda_d = "
+            f"{rule.lambda_d}); choose kernel = 'chunk'"
         )
     if device_type is None:
         return None
@@ -126,6 +135,7 @@ class Plan(NamedTuple):
     weights: Tensor  # [2, H] weight of the erasure of W2 and of W1
     low_precision: bool  # bf16 operands of the products, and bf16 scratch memory
     group: int  # blocks between two stored states
+    differentiable: bool  # whether states are kept for a backward pass
 
     @property
     def rows(self) -> int:
@@ -244,6 +254,7 @@ def self_modify(
     plan = Plan(
         rule, num_sequences, num_tokens, num_heads, head_dim, hidden, block_table(blocking, num_sequences, device),
         _erasure_weights(rule, num_heads, device), inputs.k.dtype == torch.bfloat16, group_blocks,
+        torch.is_grad_enabled(),
     )  # fmt: skip
     base, start = _flat(initial.weights, 1), None
     if base.dtype not in (torch.float32, torch.bfloat16):

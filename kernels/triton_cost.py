@@ -19,9 +19,6 @@ class Cost(NamedTuple):
     flops: float
     bytes_moved: float
 
-    def __add__(self, other: "Cost") -> "Cost":  # type: ignore[override]
-        return Cost(self.flops + other.flops, self.bytes_moved + other.bytes_moved)
-
 
 class _Sizes(NamedTuple):
     """Values of the arrays that the kernels pass on."""
@@ -130,11 +127,9 @@ def backward_costs(rule: MemoryRule, d: int, h: int) -> dict[str, Cost]:
     }  # fmt: skip
 
 
-def training_cost(rule: MemoryRule, d: int, h: int, group_blocks: int) -> Cost:
-    """Forward, the forward pass made again and backward of one block, and its share of a stored state."""
+def training_cost(rule: MemoryRule, d: int, h: int) -> Cost:
+    """Forward, the forward pass made again and backward, of one block."""
     again = forward_costs(rule, d, h, save=True)
     del again["read"]
-    s = _Sizes(rule.block_tokens, d, h, len(rule.full_names), len(rule.gate_names))
-    stored = Cost(0, 2 * STATE * (s.all * s.matrix + s.outer) / group_blocks)
-    parts = (*forward_costs(rule, d, h).values(), *again.values(), *backward_costs(rule, d, h).values(), stored)
+    parts = (*forward_costs(rule, d, h).values(), *again.values(), *backward_costs(rule, d, h).values())
     return Cost(sum(part.flops for part in parts), sum(part.bytes_moved for part in parts))

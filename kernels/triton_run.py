@@ -80,9 +80,9 @@ def forward(plan: Plan, x: Arguments, keep_states: bool) -> tuple[Tensor, Tensor
     scratch, out = Scratch.empty(plan, x.run), torch.empty_like(x.q)
     final, last_start = torch.empty_like(x.run), torch.empty_like(x.run)
     before = x.run
+    if keep_states:
+        states[0] = before
     for number, group in enumerate(groups):
-        if keep_states:
-            states[number] = before
         after = final if number == len(groups) - 1 else states[(number + 1) % len(states)]
         write_group(plan, x, scratch, before, after, last_start, group, False)
         triton_call.launch(
@@ -186,7 +186,7 @@ class MemoriesFunction(torch.autograd.Function):
     def forward(ctx: Any, plan: Plan, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
         """tensors: the fields of `Arguments`."""
         x = Arguments(*tensors)
-        keep = any(ctx.needs_input_grad)
+        keep = plan.differentiable and any(ctx.needs_input_grad)
         out, final, last_start, states = forward(plan, x, keep)
         if keep:
             ctx.plan = plan

@@ -15,7 +15,7 @@ from kernels import MemoryRule, dispatch, triton_call
 from kernels.blocking import build_blocking
 from kernels.dispatch import KernelError, Options, choose, refusal
 from kernels.triton_call import block_table, refused_inputs
-from kernels.triton_cost import backward_costs, forward_costs
+from kernels.triton_cost import training_cost
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs the package triton")
 UNSUPPORTED = {
@@ -66,6 +66,7 @@ def test_every_field_of_a_rule_is_supported_or_refused() -> None:
     assert set(UNSUPPORTED) | free == set(MemoryRule.__dataclass_fields__)
     for field, value in {"lambda_d": 0.5, "eta_max": 0.05, "gradient_bound": None, "layerwise_dgd": False}.items():
         assert refusal("triton", MemoryRule(**{field: value}), Options()) is None
+    assert "lambda_d * eta_max" in str(refusal("triton", MemoryRule(eta_max=0.1, lambda_d=20.0), Options()))
     for tokens in triton_call.CHUNKS:
         assert refusal("triton", MemoryRule(chunk_mem=tokens, chunk_other=tokens), Options()) is None
 
@@ -126,13 +127,10 @@ def test_the_table_of_blocks_says_where_documents_begin_and_which_rows_end_insid
 def test_flops_and_bytes_are_those_of_the_formulas() -> None:
     rule = MemoryRule(chunk_mem=16, chunk_other=16)
     rows = json.loads(interpreted("benchmarks._triton_counts", "32", "16")[-1])
-    forward, again, backward = (
-        forward_costs(rule, 32, 32), forward_costs(rule, 32, 32, save=True), backward_costs(rule, 32, 32)
-    )  # fmt: skip
-    formulas = [*forward.values(), *(again[name] for name in again if name != "read"), *backward.values()]
-    assert sum(row["flops"] for row in rows) == sum(cost.flops for cost in formulas)
+    formula = training_cost(rule, 32, 32)
+    assert sum(row["flops"] for row in rows) == formula.flops
     moved = sum(row["read"] + row["written"] for row in rows)
-    assert abs(moved / sum(cost.bytes_moved for cost in formulas) - 1) <= 0.05
+    assert abs(moved / formula.bytes_moved - 1) <= 0.05
 
 
 @needs_triton
