@@ -122,7 +122,9 @@ class Models:
                 torch.compiler.reset()
                 # Without a GPU, inductor shows nothing and takes minutes.
                 backend = "inductor" if self._device.type == "cuda" else "aot_eager"
-                as_run = replace(config, compile="blocks", compile_backend=backend)
+                # Compiled code and recomputed blocks exclude each other.
+                recompute = "chunks" if config.family == "hope" else "none"
+                as_run = replace(config, compile="blocks", compile_backend=backend, recompute=recompute)
             print(f"{config.family}, {mode}: {say_choices(as_run, self._device, torch.bfloat16)}", flush=True)
             self._built[compiled, config] = build(as_run, dtype=torch.bfloat16)
         return self._built[compiled, config].to(self._device)

@@ -133,6 +133,8 @@ class ModelConfig:
         require(
             self.compile in ("none", "steps", "blocks"), "model.compile", self.compile, "choose none, steps or blocks"
         )
+        not_again = "torch.compile's code does not run inside a block's own backward pass; choose chunks or none"
+        require(self.compile == "none" or self.recompute != "block", "model.recompute", self.recompute, not_again)
         if self.family in ATTENTION_FAMILIES:
             require(self.kernel == "auto", "model.kernel", self.kernel, f"{self.family} has no memories; use auto")
             no_loop = f"{self.family} has no chunk loop; choose none or blocks"

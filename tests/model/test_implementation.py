@@ -81,6 +81,11 @@ def test_a_back_end_that_torch_lacks_is_refused(family: str, mode: str) -> None:
             {"kernel": "naive", "compile": "steps"},
             "model.kernel='naive': the token loop has no compile",
         ),
+        (
+            "hope",
+            {"compile": "steps", "recompute": "block"},
+            "model.recompute='block': torch.compile's code does not run",
+        ),
         ("hope", {"compile": "all"}, "model.compile='all': choose none, steps or blocks"),
         ("transformer", {"kernel": "chunk"}, "model.kernel='chunk': transformer has no memories; use auto"),
         ("transformer", {"recompute": "chunks"}, "model.recompute='chunks': transformer has no chunk loop"),
