@@ -74,7 +74,7 @@ def test_a_back_end_that_torch_lacks_is_refused(family: str, mode: str) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("hope", {"kernel": "fast"}, "model.kernel='fast': choose one of auto, chunk, naive"),
+        ("hope", {"kernel": "fast"}, "model.kernel='fast': choose one of auto, triton, chunk, naive"),
         ("hope", {"kernel": "naive", "recompute": "chunks"}, "model.kernel='naive': the token loop has no recompute"),
         (
             "hope",
