@@ -1,9 +1,8 @@
-"""Waits longer than 30 s, Ray's own limit, for a node to start on a busy machine, and starts less on it.
+"""Waits longer than 30 s, Ray's own limit, for a node to start on a busy machine.
 
 Run as a file instead of the `ray` command, or call `be_patient` before `ray.init` in this process. The wait goes on
-while the node's raylet lives, prints a line every SAY_EVERY_S, and ends after LIMIT_S. As a file it starts only the
-parts of Ray's dashboard that jobs need. It imports nothing of this package, and two private names of Ray:
-services.get_node, which is called until the new node is listed, and services.start_ray_process.
+while the node's raylet lives, prints a line every SAY_EVERY_S, and ends after LIMIT_S. It imports nothing of this
+package, and one private name of Ray: services.get_node, which is called until the new node is listed.
 
     python patience.py start --head ...
 """
@@ -13,8 +12,6 @@ import time
 from typing import Any
 
 LIMIT_S = 900.0
-# What takes jobs, and what says whether an actor lives. Each part of the dashboard is a process of its own.
-DASHBOARD_PARTS = "JobHead,StateHead"
 SAY_EVERY_S = 20.0
 
 
@@ -44,20 +41,6 @@ def be_patient(limit_s: float = LIMIT_S) -> None:
     services.get_node = get_node
 
 
-def start_less() -> None:
-    """Make Ray start only DASHBOARD_PARTS of its dashboard in this process."""
-    from ray._private import ray_constants, services
-
-    start = services.start_ray_process
-
-    def start_ray_process(command: list[str], process_type: str, *arguments: Any, **options: Any) -> Any:
-        if process_type == ray_constants.PROCESS_TYPE_DASHBOARD:
-            command = [*command, f"--modules-to-load={DASHBOARD_PARTS}"]
-        return start(command, process_type, *arguments, **options)
-
-    services.start_ray_process = start_ray_process
-
-
 def _raylets() -> set[int]:
     """The pids of the raylets that run below this process."""
     import psutil
@@ -74,7 +57,6 @@ def _raylets() -> set[int]:
 
 if __name__ == "__main__":
     be_patient()
-    start_less()
     from ray.scripts.scripts import main
 
     sys.exit(main())
